@@ -1,0 +1,348 @@
+//! What the cluster wants, as this node sees it.
+//!
+//! [`State`] is plain data with lookups. One writer (the API watches in `watch`, or the folder
+//! reader in `file`) applies whole objects through [`Cluster`]; each room holds a [`Subscription`]
+//! that collects the keys that changed since it last looked, so no queue grows and a burst of
+//! events costs one wake-up. No socket, no clock and no Kubernetes client type lives in here.
+
+pub mod endpoints;
+pub mod node;
+pub mod service;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+
+use endpoints::Slice;
+use node::Node;
+use service::Service;
+
+/// Namespace and name of an object.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectKey {
+    /// `metadata.namespace`; empty for cluster-scoped objects.
+    pub namespace: Arc<str>,
+    /// `metadata.name`.
+    pub name: Arc<str>,
+}
+
+impl ObjectKey {
+    /// A key from its two parts.
+    pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            write!(f, "{}", self.name)
+        } else {
+            write!(f, "{}/{}", self.namespace, self.name)
+        }
+    }
+}
+
+impl fmt::Debug for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The key of a Service.
+pub type ServiceKey = ObjectKey;
+
+/// Kinds of objects that are watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// core/v1 Service.
+    Service,
+    /// discovery.k8s.io/v1 EndpointSlice.
+    EndpointSlice,
+    /// core/v1 Node.
+    Node,
+    /// networking.k8s.io/v1 ServiceCIDR; servers without it count as listed with none.
+    ServiceCidr,
+}
+
+/// Everything known about the cluster. Read through [`Cluster::read`].
+#[derive(Debug, Default)]
+pub struct State {
+    /// Services that this proxy handles (headless, ExternalName and foreign ones are left out).
+    pub services: HashMap<ServiceKey, Arc<Service>>,
+    /// EndpointSlices by the Service they belong to, then by slice name. Slices that arrive before
+    /// their Service wait here: nothing reads them until the Service exists.
+    pub slices: HashMap<ServiceKey, BTreeMap<Arc<str>, Arc<Slice>>>,
+    /// Nodes by name.
+    pub nodes: HashMap<Arc<str>, Arc<Node>>,
+    /// CIDRs of ServiceCIDR objects that are ready, by object name.
+    pub service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
+    /// Kinds whose first list is complete. No room acts on a kind before that.
+    pub listed: BTreeSet<Kind>,
+}
+
+impl State {
+    /// Whether the first list of all these kinds is complete.
+    pub fn has_listed(&self, kinds: &[Kind]) -> bool {
+        kinds.iter().all(|kind| self.listed.contains(kind))
+    }
+}
+
+/// Keys that changed since a room last looked.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Dirty {
+    /// Services whose own object or any of whose slices changed, appeared or went.
+    pub services: BTreeSet<ServiceKey>,
+    /// Nodes that changed, appeared or went.
+    pub nodes: BTreeSet<Arc<str>>,
+    /// Whether the set of service CIDRs changed.
+    pub service_cidrs: bool,
+    /// Whether a kind finished its first list.
+    pub listed: bool,
+    /// When the oldest of these changes was decoded (for latency metrics).
+    pub since: Option<Instant>,
+}
+
+impl Dirty {
+    /// Whether nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty() && self.nodes.is_empty() && !self.service_cidrs && !self.listed
+    }
+}
+
+/// The shared state: one writer, many readers. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Cluster {
+    inner: Arc<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    state: Mutex<State>,
+    subscribers: Mutex<Vec<Arc<Inbox>>>,
+}
+
+#[derive(Default)]
+struct Inbox {
+    content: Mutex<InboxContent>,
+    arrived: Condvar,
+}
+
+#[derive(Default)]
+struct InboxContent {
+    dirty: Dirty,
+    /// Set by [`Waker::wake`]: end the wait although nothing in the cluster changed.
+    woken: bool,
+}
+
+/// A room's view of what changed. Dropping it unsubscribes.
+pub struct Subscription {
+    inbox: Arc<Inbox>,
+    cluster: Cluster,
+}
+
+/// Ends another thread's [`Subscription::wait`], e.g. for an orderly stop.
+#[derive(Clone)]
+pub struct Waker {
+    inbox: Arc<Inbox>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A poisoned lock means a thread panicked while writing plain data; each write is one insert or
+    // remove, so the data is still whole, and the supervisor ends the process anyway.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Cluster {
+    /// An empty cluster of which nothing has been listed.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Locks the state for reading. Hold it only while computing, never across IO.
+    pub fn read(&self) -> MutexGuard<'_, State> {
+        lock(&self.inner.state)
+    }
+
+    /// Starts collecting changes. Everything already known counts as changed.
+    pub fn subscribe(&self) -> Subscription {
+        let inbox = Arc::new(Inbox::default());
+        let state = self.read();
+        {
+            let mut content = lock(&inbox.content);
+            content.dirty.services = state.services.keys().cloned().collect();
+            content.dirty.nodes = state.nodes.keys().cloned().collect();
+            content.dirty.service_cidrs = !state.service_cidrs.is_empty();
+            content.dirty.listed = !state.listed.is_empty();
+            if !content.dirty.is_empty() {
+                content.dirty.since = Some(Instant::now());
+            }
+        }
+        lock(&self.inner.subscribers).push(inbox.clone());
+        drop(state);
+        Subscription { inbox, cluster: self.clone() }
+    }
+
+    /// Stores a Service; wakes readers only if it differs from the one known.
+    pub fn apply_service(&self, service: Service) {
+        let key = service.key.clone();
+        let mut state = self.read();
+        if state.services.get(&key).is_some_and(|known| **known == service) {
+            return;
+        }
+        state.services.insert(key.clone(), Arc::new(service));
+        self.mark(|dirty| {
+            dirty.services.insert(key.clone());
+        });
+    }
+
+    /// Forgets a Service (deleted, or no longer ours to serve).
+    pub fn delete_service(&self, key: &ServiceKey) {
+        if self.read().services.remove(key).is_some() {
+            self.mark(|dirty| {
+                dirty.services.insert(key.clone());
+            });
+        }
+    }
+
+    /// Stores an EndpointSlice under its Service; wakes readers only if it differs.
+    pub fn apply_slice(&self, service: ServiceKey, name: Arc<str>, slice: Slice) {
+        let mut state = self.read();
+        let slices = state.slices.entry(service.clone()).or_default();
+        if slices.get(&name).is_some_and(|known| **known == slice) {
+            return;
+        }
+        slices.insert(name, Arc::new(slice));
+        let known = state.services.contains_key(&service);
+        drop(state);
+        if known {
+            self.mark(|dirty| {
+                dirty.services.insert(service.clone());
+            });
+        }
+    }
+
+    /// Forgets an EndpointSlice.
+    pub fn delete_slice(&self, service: &ServiceKey, name: &str) {
+        let mut state = self.read();
+        let Some(slices) = state.slices.get_mut(service) else { return };
+        if slices.remove(name).is_none() {
+            return;
+        }
+        if slices.is_empty() {
+            state.slices.remove(service);
+        }
+        let known = state.services.contains_key(service);
+        drop(state);
+        if known {
+            self.mark(|dirty| {
+                dirty.services.insert(service.clone());
+            });
+        }
+    }
+
+    /// Stores a Node; wakes readers only if it differs.
+    pub fn apply_node(&self, node: Node) {
+        let name = node.name.clone();
+        let mut state = self.read();
+        if state.nodes.get(&name).is_some_and(|known| **known == node) {
+            return;
+        }
+        state.nodes.insert(name.clone(), Arc::new(node));
+        self.mark(|dirty| {
+            dirty.nodes.insert(name.clone());
+        });
+    }
+
+    /// Forgets a Node.
+    pub fn delete_node(&self, name: &str) {
+        let removed = self.read().nodes.remove_entry(name);
+        if let Some((name, _)) = removed {
+            self.mark(|dirty| {
+                dirty.nodes.insert(name.clone());
+            });
+        }
+    }
+
+    /// Stores the CIDRs of one ServiceCIDR object; an empty list forgets it.
+    pub fn apply_service_cidr(&self, name: Arc<str>, cidrs: Vec<IpNet>) {
+        let mut state = self.read();
+        let changed = if cidrs.is_empty() {
+            state.service_cidrs.remove(&name).is_some()
+        } else {
+            state.service_cidrs.insert(name, cidrs.clone()) != Some(cidrs)
+        };
+        if changed {
+            self.mark(|dirty| dirty.service_cidrs = true);
+        }
+    }
+
+    /// Records that the first list of a kind is complete.
+    pub fn set_listed(&self, kind: Kind) {
+        if self.read().listed.insert(kind) {
+            self.mark(|dirty| dirty.listed = true);
+        }
+    }
+
+    /// Adds a change to every subscriber's inbox and wakes it.
+    fn mark(&self, change: impl Fn(&mut Dirty)) {
+        let now = Instant::now();
+        for inbox in lock(&self.inner.subscribers).iter() {
+            let mut content = lock(&inbox.content);
+            change(&mut content.dirty);
+            content.dirty.since.get_or_insert(now);
+            inbox.arrived.notify_all();
+        }
+    }
+}
+
+impl Subscription {
+    /// Waits until something changed, [`Waker::wake`] was called or `timeout` passed, and takes
+    /// what changed. A quick burst is gathered: once something arrived, waits `gather` for more.
+    pub fn wait(&self, timeout: Duration, gather: Duration) -> Dirty {
+        let deadline = Instant::now() + timeout;
+        let mut content = lock(&self.inbox.content);
+        while content.dirty.is_empty() && !content.woken {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            content =
+                self.inbox.arrived.wait_timeout(content, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if !gather.is_zero() && !content.woken && !content.dirty.is_empty() {
+            drop(content);
+            std::thread::sleep(gather);
+            content = lock(&self.inbox.content);
+        }
+        content.woken = false;
+        std::mem::take(&mut content.dirty)
+    }
+
+    /// The cluster this subscription reads.
+    pub fn cluster(&self) -> &Cluster {
+        &self.cluster
+    }
+
+    /// A handle that ends [`Subscription::wait`] from another thread.
+    pub fn waker(&self) -> Waker {
+        Waker { inbox: self.inbox.clone() }
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        lock(&self.cluster.inner.subscribers).retain(|inbox| !Arc::ptr_eq(inbox, &self.inbox));
+    }
+}
+
+impl Waker {
+    /// Ends the wait of the subscription this came from.
+    pub fn wake(&self) {
+        lock(&self.inbox.content).woken = true;
+        self.inbox.arrived.notify_all();
+    }
+}

@@ -1,0 +1,1 @@
+//! This machine's kernel: dump and apply, nothing clever.

@@ -1,0 +1,15 @@
+//! ferroute: one node network agent for Kubernetes.
+//!
+//! The rooms, in the order data flows through them:
+//!
+//! - [`cluster`]: what the API server (or a folder of YAML) says, as trimmed values of our own;
+//!   every change names the keys it touches and wakes the rooms that read them.
+//! - [`proxy`]: Services to IPVS virtual servers, sets, local routes and the proxy firewall.
+//! - [`host`]: this machine's kernel: links, routes, sysctls, conntrack; dump and apply only.
+//!
+//! A pass is six words, the same in every room: wake, desired, actual, diff, apply, check.
+//! `desired` and `diff` are pure functions over plain data; only handles touch the kernel.
+
+pub mod cluster;
+pub mod host;
+pub mod proxy;
