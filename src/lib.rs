@@ -6,10 +6,13 @@
 //!   every change names the keys it touches and wakes the rooms that read them.
 //! - [`proxy`]: Services to IPVS virtual servers, sets, local routes and the proxy firewall.
 //! - [`host`]: this machine's kernel: links, routes, sysctls, conntrack; dump and apply only.
+//! - [`config`]: the command line, as typed values.
 //!
 //! A pass is six words, the same in every room: wake, desired, actual, diff, apply, check.
 //! `desired` and `diff` are pure functions over plain data; only handles touch the kernel.
 
 pub mod cluster;
+pub mod config;
+pub mod duration;
 pub mod host;
 pub mod proxy;

@@ -1,0 +1,577 @@
+//! From values to [`Config`]: every check, all mistakes together.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use super::command_line::{Given, Stop};
+use super::flags::{FLAGS, Kind, Room, find};
+use super::{Command, Config, Environment, Log, Metrics, Mistake, Output, Source};
+use crate::duration::GoDuration;
+use crate::proxy::settings::Settings;
+
+/// The daemon's command line.
+pub(super) fn command(given: &Given, environment: &Environment) -> Result<Command, Stop> {
+    let mut check = Check { given, mistakes: Vec::new() };
+    if check.switch("cleanup-config") {
+        check.types();
+        let log = check.log();
+        check.finish()?;
+        return Ok(Command::CleanUp { dry_run: check.switch("dry-run"), log });
+    }
+    if check.switch("dry-run") {
+        check
+            .meaning("--dry-run belongs to --cleanup-config; to see what the daemon would do: ferroute plan");
+    }
+    check.config(environment).map(|config| Command::Run(Box::new(config)))
+}
+
+/// The daemon's flags behind `ferroute plan`.
+pub(super) fn config(given: &Given, environment: &Environment) -> Result<Config, Stop> {
+    let mut check = Check { given, mistakes: Vec::new() };
+    for name in ["cleanup-config", "dry-run"] {
+        if check.switch(name) {
+            check.meaning(format!("--{name} does not go with plan, which never writes"));
+        }
+    }
+    check.config(environment)
+}
+
+/// `--output`.
+pub(super) fn output(given: &Given) -> Result<Output, Stop> {
+    match given.text("output") {
+        "text" | "human" => Ok(Output::Text),
+        "json" => Ok(Output::Json),
+        other => {
+            Err(Stop::Wrong(vec![Mistake::usage(format!("--output={other}: unknown; write text or json"))]))
+        }
+    }
+}
+
+/// Go's `strconv.ParseBool`.
+pub(super) fn parse_bool(text: &str) -> Option<bool> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
+        _ => None,
+    }
+}
+
+struct Check<'a> {
+    given: &'a Given,
+    mistakes: Vec<Mistake>,
+}
+
+impl Check<'_> {
+    fn config(mut self, environment: &Environment) -> Result<Config, Stop> {
+        self.types();
+        let mut notices = self.given.warnings.clone();
+        let proxy = self.rooms(&mut notices);
+        let config = Config {
+            source: self.source(),
+            node_name: self.node_name(environment),
+            cache_sync_timeout: self.period("cache-sync-timeout"),
+            health: self.listener("health-addr", "health-port"),
+            metrics: self.metrics(),
+            admin_socket: self.admin_socket(),
+            log: self.log(),
+            proxy: None,
+            notices,
+        };
+        if let (Some(health), Some(metrics)) = (config.health, &config.metrics)
+            && health.port() == metrics.address.port()
+        {
+            self.meaning("--health-port and --metrics-port are the same; give each its own");
+        }
+        if self.switch("enable-pprof") {
+            self.meaning(
+                "--enable-pprof=true: there are no Go profiles here; remove the flag and use /metrics",
+            );
+        }
+        let settings = self.proxy(config.node_name.clone());
+        self.policy();
+        self.routes();
+        self.finish()?;
+        Ok(Config { proxy: proxy.then_some(settings), ..config })
+    }
+
+    fn finish(&mut self) -> Result<(), Stop> {
+        if self.mistakes.is_empty() { Ok(()) } else { Err(Stop::Wrong(std::mem::take(&mut self.mistakes))) }
+    }
+
+    fn meaning(&mut self, text: impl Into<String>) {
+        self.mistakes.push(Mistake::meaning(text));
+    }
+
+    /// Every value has its flag's type.
+    fn types(&mut self) {
+        for flag in FLAGS {
+            let text = self.given.text(flag.name);
+            let problem = match flag.kind {
+                Kind::Switch if parse_bool(text).is_none() => Some("write true or false".to_owned()),
+                Kind::Duration => text.parse::<GoDuration>().err().map(|error| error.to_string()),
+                Kind::Number(max) => match text.parse::<u64>() {
+                    Ok(number) if number <= max => None,
+                    _ => Some(format!("write a number from 0 to {max}")),
+                },
+                _ => None,
+            };
+            if let Some(problem) = problem {
+                self.mistakes.push(Mistake::usage(format!("--{}={text}: {problem}", flag.name)));
+            }
+        }
+    }
+
+    fn switch(&self, name: &str) -> bool {
+        parse_bool(self.given.text(name)).unwrap_or_default()
+    }
+
+    /// A number; its type was checked before, so a bad one counts as absent here.
+    fn number(&self, name: &str) -> Option<u64> {
+        self.given.text(name).parse().ok()
+    }
+
+    fn duration(&self, name: &str) -> Option<GoDuration> {
+        self.given.text(name).parse().ok()
+    }
+
+    /// A duration that must be positive.
+    fn period(&mut self, name: &str) -> Duration {
+        match self.duration(name) {
+            Some(value) if value.nanoseconds() <= 0 => {
+                self.meaning(format!("--{name}={value}: must be longer than zero"));
+                Duration::ZERO
+            }
+            value => value.and_then(GoDuration::unsigned).unwrap_or_default(),
+        }
+    }
+
+    /// Which rooms run: whether the service proxy does, and what is refused.
+    fn rooms(&mut self, notices: &mut Vec<String>) -> bool {
+        let mut left_out = Vec::new();
+        let first = notices.len();
+        for room in [Room::Policy, Room::Routes, Room::LoadBalancer] {
+            let Some(switch) = room.switch() else { continue };
+            if self.given.is_explicit(switch) {
+                if self.switch(switch) {
+                    let words = room.words();
+                    self.meaning(format!(
+                        "--{switch}=true: {words} is not part of this version; write --{switch}=false and leave it to another program"
+                    ));
+                }
+                // Switched off: its flags have no effect, here as in kube-router.
+                continue;
+            }
+            if find(switch).is_some_and(|flag| flag.default == "true") {
+                left_out.push(room.words());
+            }
+            self.asked_in_vain(room, switch, notices);
+        }
+        let proxy = self.switch("run-service-proxy");
+        if !proxy && !left_out.is_empty() {
+            self.meaning(
+                "nothing to run: --run-service-proxy=false, and this version has no other part; \
+                 write --run-router=false --run-firewall=false as well if that is meant",
+            );
+        }
+        if !left_out.is_empty() {
+            notices.insert(
+                first,
+                format!("not part of this version: {}; running the service proxy only", left_out.join(", ")),
+            );
+        }
+        if !self.given.text("runtime-endpoint").is_empty() {
+            notices.push(
+                "--runtime-endpoint has no effect: direct server return is not part of this version"
+                    .to_owned(),
+            );
+        }
+        proxy
+    }
+
+    /// Flags of a room that was neither switched on nor off.
+    fn asked_in_vain(&mut self, room: Room, switch: &str, notices: &mut Vec<String>) {
+        let mut idle = Vec::new();
+        for flag in FLAGS.iter().filter(|flag| flag.room == room && !room.is_built()) {
+            if !self.given.is_explicit(flag.name) || self.is_default(flag.name, flag.kind, flag.default) {
+                continue;
+            }
+            if flag.asks {
+                let words = room.words();
+                self.meaning(format!(
+                    "--{}: {words} is not part of this version; remove the flag, or write --{switch}=false",
+                    flag.name
+                ));
+            } else if flag.kind != Kind::Switch || self.switch(flag.name) {
+                idle.push(format!("--{}", flag.name));
+            }
+        }
+        if !idle.is_empty() {
+            notices.push(format!(
+                "no effect, because {} is not part of this version: {}",
+                room.words(),
+                idle.join(" ")
+            ));
+        }
+    }
+
+    fn is_default(&self, name: &str, kind: Kind, default: &str) -> bool {
+        let text = self.given.text(name);
+        match kind {
+            Kind::Switch => parse_bool(text) == parse_bool(default),
+            Kind::Duration => self.duration(name) == default.parse().ok(),
+            Kind::Number(_) => self.number(name) == default.parse().ok(),
+            Kind::Text => text == default,
+            Kind::List => {
+                self.items(name) == default.split(',').filter(|item| !item.is_empty()).collect::<Vec<_>>()
+            }
+        }
+    }
+
+    fn source(&mut self) -> Source {
+        let path = |name| Some(self.given.text(name)).filter(|text| !text.is_empty());
+        let (manifests, kubeconfig, master) = (path("manifests"), path("kubeconfig"), path("master"));
+        if let Some(master) = master {
+            if master.contains('%') {
+                self.meaning(format!(
+                    "--master={master}: still holds the placeholder of the manifest; write the address of the API server"
+                ));
+            } else if let Some((scheme, _)) = master.split_once("://")
+                && !["http", "https"].contains(&scheme)
+            {
+                self.meaning(format!("--master={master}: write an http:// or https:// URL"));
+            }
+        }
+        match manifests {
+            Some(folder) => {
+                if kubeconfig.is_some() || master.is_some() {
+                    self.meaning("--manifests replaces the API server; remove --kubeconfig and --master, or --manifests");
+                }
+                Source::Manifests(PathBuf::from(folder))
+            }
+            None => {
+                Source::Api { kubeconfig: kubeconfig.map(PathBuf::from), master: master.map(str::to_owned) }
+            }
+        }
+    }
+
+    /// `--hostname-override`, else `NODE_NAME`, else the host name in lower case, as the kubelet
+    /// registers it.
+    fn node_name(&mut self, environment: &Environment) -> Arc<str> {
+        let given = Some(self.given.text("hostname-override").trim()).filter(|name| !name.is_empty());
+        let variable = environment.node_name.as_deref().map(str::trim).filter(|name| !name.is_empty());
+        let host = environment.host_name.as_deref().map(str::trim).filter(|name| !name.is_empty());
+        match given.or(variable) {
+            Some(name) => Arc::from(name),
+            None => match host {
+                Some(name) => Arc::from(name.to_lowercase()),
+                None => {
+                    self.meaning(
+                        "this machine has no host name; give --hostname-override or the environment variable NODE_NAME",
+                    );
+                    Arc::from("")
+                }
+            },
+        }
+    }
+
+    fn listener(&mut self, address: &str, port: &str) -> Option<SocketAddr> {
+        let number = self.number(port).and_then(|number| u16::try_from(number).ok())?;
+        let text = self.given.text(address);
+        let parsed = if text.is_empty() {
+            // The IPv6 wildcard takes IPv4 as well; the server falls back where IPv6 is off.
+            Some(IpAddr::V6(Ipv6Addr::UNSPECIFIED))
+        } else {
+            text.trim_start_matches('[').trim_end_matches(']').parse().ok()
+        };
+        if parsed.is_none() {
+            self.meaning(format!("--{address}={text}: not an IP address; write for example 127.0.0.1"));
+        }
+        parsed.filter(|_| number != 0).map(|address| SocketAddr::new(address, number))
+    }
+
+    fn metrics(&mut self) -> Option<Metrics> {
+        let path = self.given.text("metrics-path").to_owned();
+        if !path.starts_with('/') {
+            self.meaning(format!("--metrics-path={path}: must begin with /"));
+        }
+        self.listener("metrics-addr", "metrics-port").map(|address| Metrics { address, path })
+    }
+
+    fn admin_socket(&mut self) -> PathBuf {
+        let path = PathBuf::from(self.given.text("admin-socket"));
+        if !path.is_absolute() || path.file_name().is_none() {
+            self.meaning(format!("--admin-socket={}: must be an absolute path of a socket", path.display()));
+        } else if path.as_os_str().len() > 107 {
+            // sockaddr_un holds 108 bytes with the final zero.
+            self.meaning("--admin-socket: the path is longer than 107 bytes, which no socket can have");
+        }
+        path
+    }
+
+    fn log(&mut self) -> Log {
+        let level = self.given.text("v");
+        let format = self.given.text("log-format");
+        if level.parse::<i32>().is_err() {
+            self.mistakes.push(Mistake::usage(format!("-v={level}: write a number, for example -v=2")));
+        }
+        if !["text", "json"].contains(&format) {
+            self.mistakes.push(Mistake::usage(format!("--log-format={format}: write text or json")));
+        }
+        Log { json: format == "json", level: level.parse().unwrap_or_default() }
+    }
+
+    fn proxy(&mut self, node_name: Arc<str>) -> Settings {
+        let graceful = match self.duration("ipvs-graceful-period") {
+            Some(period) if period.nanoseconds() < 0 => {
+                self.meaning(format!("--ipvs-graceful-period={period}: must not be negative"));
+                None
+            }
+            period => period.and_then(GoDuration::unsigned),
+        };
+        let drains = self.switch("ipvs-graceful-termination");
+        Settings {
+            node_name,
+            audit_period: self.period("ipvs-sync-period"),
+            graceful_period: graceful.filter(|period| drains && !period.is_zero()),
+            hairpin_all: self.switch("hairpin-mode"),
+            masquerade_all: self.switch("masquerade-all"),
+            node_port_on_all_addresses: self.switch("nodeport-bindon-all-ip"),
+            firewall: self.switch("ipvs-permit-all"),
+            excluded_cidrs: self.cidrs("excluded-cidrs"),
+            strict_external_ips: self.switch("strict-external-ip-validation"),
+            external_ip_ranges: self.ranges("service-external-ip-range"),
+            load_balancer_ranges: self.ranges("loadbalancer-ip-range"),
+            cluster_ip_ranges: self.cluster_ip_ranges(),
+            cluster_ip_ranges_given: self.given.is_explicit("service-cluster-ip-range"),
+            node_port_range: self.node_port_range(),
+            tcp_timeout: self.ipvs_timeout("service-tcp-timeout"),
+            tcp_fin_timeout: self.ipvs_timeout("service-tcpfin-timeout"),
+            udp_timeout: self.ipvs_timeout("service-udp-timeout"),
+        }
+    }
+
+    /// The items of a list without blank ones.
+    fn items(&self, name: &str) -> Vec<&str> {
+        let mut items = self.given.list(name);
+        items.retain(|item| !item.is_empty());
+        items
+    }
+
+    fn cidrs(&mut self, name: &str) -> Vec<IpNet> {
+        let mut cidrs = Vec::new();
+        let mut wrong = Vec::new();
+        for item in self.items(name) {
+            match item.parse::<IpNet>() {
+                Ok(cidr) => cidrs.push(cidr.trunc()),
+                Err(_) => wrong.push(format!("--{name}: {item:?} is no CIDR; write for example 10.0.0.0/8")),
+            }
+        }
+        wrong.into_iter().for_each(|text| self.meaning(text));
+        cidrs
+    }
+
+    /// CIDRs whose family must not be switched off. kube-router's default of `--enable-ipv6` is
+    /// false; an IPv6 range given without that flag is taken as meant.
+    fn ranges(&mut self, name: &str) -> Vec<IpNet> {
+        let cidrs = self.cidrs(name);
+        for (family, is_ipv6) in [("ipv4", false), ("ipv6", true)] {
+            let switch = format!("enable-{family}");
+            if self.given.is_explicit(&switch)
+                && !self.switch(&switch)
+                && let Some(cidr) = cidrs.iter().find(|cidr| matches!(cidr, IpNet::V6(_)) == is_ipv6)
+            {
+                self.meaning(format!("--{name}: {cidr} contradicts --{switch}=false; remove one of them"));
+            }
+        }
+        cidrs
+    }
+
+    fn cluster_ip_ranges(&mut self) -> Vec<IpNet> {
+        const NAME: &str = "service-cluster-ip-range";
+        let off = |name| self.given.is_explicit(name) && !self.switch(name);
+        if off("enable-ipv4") && off("enable-ipv6") {
+            self.meaning("--enable-ipv4=false and --enable-ipv6=false: one family must stay");
+        }
+        if !self.given.is_explicit(NAME) {
+            // The default is IPv4; without IPv4 it says nothing.
+            return if self.switch("enable-ipv4") { self.cidrs(NAME) } else { Vec::new() };
+        }
+        let count = self.items(NAME).len();
+        if count == 0 || count > 2 {
+            self.meaning(format!("--{NAME}: {count} CIDRs; give one, or one per family"));
+        }
+        self.ranges(NAME)
+    }
+
+    fn node_port_range(&mut self) -> RangeInclusive<u16> {
+        let text = self.given.text("service-node-port-range");
+        let ends = text.split_once(['-', ':']).and_then(|(first, last)| {
+            Some((first.trim().parse::<u16>().ok()?, last.trim().parse::<u16>().ok()?))
+        });
+        match ends {
+            Some((first, last)) if first < last && first > 0 => first..=last,
+            _ => {
+                self.meaning(format!(
+                    "--service-node-port-range={text}: write two ports, the lower first, for example 30000-32767"
+                ));
+                30000..=32767
+            }
+        }
+    }
+
+    /// Whole seconds; the kernel multiplies by its tick rate (at most 1000) within a signed 32-bit
+    /// number (`ip_vs_set_timeout` in net/netfilter/ipvs/ip_vs_ctl.c).
+    fn ipvs_timeout(&mut self, name: &str) -> u32 {
+        const MAX: i64 = i32::MAX as i64 / 1000;
+        let Some(value) = self.duration(name) else { return 0 };
+        let seconds = value.nanoseconds() / 1_000_000_000;
+        if value.nanoseconds() < 0 || seconds > MAX || (seconds == 0 && value.nanoseconds() > 0) {
+            self.meaning(format!(
+                "--{name}={value}: write 0s to leave the kernel's, or whole seconds from 1s to {MAX}s"
+            ));
+        }
+        u32::try_from(seconds).unwrap_or_default()
+    }
+
+    fn policy(&mut self) {
+        self.period("iptables-sync-period");
+    }
+
+    /// The routing flags are checked like kube-router does, so that a mistake shows before the
+    /// room exists; their values are not kept.
+    fn routes(&mut self) {
+        for name in ["routes-sync-period", "injected-routes-sync-period", "loadbalancer-sync-period"] {
+            self.period(name);
+        }
+        if let Some(hold) = self.duration("bgp-holdtime")
+            && !(3..=65536).contains(&(hold.nanoseconds() / 1_000_000_000))
+        {
+            self.meaning(format!("--bgp-holdtime={hold}: must be between 3s and 65536s"));
+        }
+        if self.switch("bgp-graceful-restart") {
+            for (name, most) in
+                [("bgp-graceful-restart-time", 4095), ("bgp-graceful-restart-deferral-time", 18 * 3600)]
+            {
+                let most = GoDuration::from_secs(most);
+                if let Some(value) = self.duration(name)
+                    && (value.nanoseconds() <= 0 || value > most)
+                {
+                    self.meaning(format!("--{name}={value}: must be longer than zero and at most {most}"));
+                }
+            }
+        }
+        self.within("bgp-port", 1, 65535);
+        self.within("overlay-encap-port", 1024, 65535);
+        if let Some(asn) = self.number("cluster-asn")
+            && asn != 0
+            && !(64512..=65535).contains(&asn)
+            && !(4_200_000_000..=4_294_967_294).contains(&asn)
+        {
+            self.meaning(format!(
+                "--cluster-asn={asn}: must be private: 64512-65535 or 4200000000-4294967294, or 0 for 64512"
+            ));
+        }
+        for (name, words) in [("overlay-encap", ["ipip", "fou"]), ("overlay-type", ["subnet", "full"])] {
+            let text = self.given.text(name);
+            if !words.contains(&text) {
+                self.meaning(format!("--{name}={text}: write {} or {}", words[0], words[1]));
+            }
+        }
+        let id = self.given.text("router-id");
+        if !id.is_empty() && id != "generate" && id.parse::<Ipv4Addr>().is_err() {
+            self.meaning(format!("--router-id={id}: write an IPv4 address or generate"));
+        }
+        self.peers();
+    }
+
+    fn within(&mut self, name: &str, first: u64, last: u64) {
+        if let Some(value) = self.number(name)
+            && !(first..=last).contains(&value)
+        {
+            self.meaning(format!("--{name}={value}: must be from {first} to {last}"));
+        }
+    }
+
+    fn peers(&mut self) {
+        let mut wrong = Vec::new();
+        let ips = self.items("peer-router-ips");
+        for ip in ips.iter().filter(|ip| ip.parse::<IpAddr>().is_err()) {
+            wrong.push(Mistake::usage(format!("--peer-router-ips: {ip:?} is no IP address")));
+        }
+        let asns = self.items("peer-router-asns");
+        for asn in &asns {
+            match asn.parse::<u32>() {
+                Err(_) => wrong.push(Mistake::usage(format!("--peer-router-asns: {asn:?} is no ASN"))),
+                Ok(number) if is_reserved_asn(number) => {
+                    wrong.push(Mistake::meaning(format!("--peer-router-asns: {number} is reserved")));
+                }
+                Ok(_) => {}
+            }
+        }
+        let ports = self.items("peer-router-ports");
+        for port in &ports {
+            match port.parse::<u32>() {
+                Err(_) => wrong.push(Mistake::usage(format!("--peer-router-ports: {port:?} is no port"))),
+                Ok(number) if !(1..=65535).contains(&number) => {
+                    wrong.push(Mistake::meaning(format!("--peer-router-ports: {number} is no port")));
+                }
+                Ok(_) => {}
+            }
+        }
+        let passwords = self.given.list("peer-router-passwords");
+        for (index, password) in passwords.iter().enumerate() {
+            if !is_base64(password) {
+                // The value is a secret and is never printed.
+                wrong.push(Mistake::meaning(format!(
+                    "--peer-router-passwords: item {} is not base64",
+                    index + 1
+                )));
+            }
+        }
+        if asns.len() != ips.len() {
+            wrong.push(Mistake::meaning(format!(
+                "--peer-router-asns has {} items and --peer-router-ips {}; give one ASN per address",
+                asns.len(),
+                ips.len()
+            )));
+        }
+        for (name, count) in [("ports", ports.len()), ("passwords", passwords.len())] {
+            if count != 0 && count != ips.len() {
+                wrong.push(Mistake::meaning(format!(
+                    "--peer-router-{name} has {count} items and --peer-router-ips {}; give none, or one per address",
+                    ips.len()
+                )));
+            }
+        }
+        let has_peers = !ips.is_empty();
+        self.mistakes.extend(wrong);
+        if has_peers {
+            self.within("bfd-desired-min-tx-interval", 1, 4_294_967);
+            self.within("bfd-required-min-rx-interval", 1, 4_294_967);
+            self.within("bfd-detection-multiplier", 1, 255);
+            self.within("bfd-port", 1, 65535);
+        }
+    }
+}
+
+/// ASNs no peer can have (kube-router's list).
+fn is_reserved_asn(asn: u32) -> bool {
+    !matches!(
+        asn,
+        1..=23455 | 23457..=63999 | 64512..=65534 | 131_072..=4_199_999_999 | 4_200_000_000..=4_294_967_294
+    )
+}
+
+/// Standard base64 with padding (RFC 4648 section 4); blank is allowed.
+fn is_base64(text: &str) -> bool {
+    let body = text.trim_end_matches('=');
+    let padding = text.len() - body.len();
+    text.len().is_multiple_of(4)
+        && padding <= 2
+        && body.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'+' || byte == b'/')
+}

@@ -1,0 +1,225 @@
+//! The command line: every flag, its default and its checks; typed values out.
+//!
+//! The flags are kube-router's, so that its manifests run unchanged, and a few of our own. All of
+//! them parse; those of rooms that this version does not have are refused only when they ask for
+//! something that would silently be missing. Nothing here reads the machine: the environment comes
+//! in as [`Environment`].
+//!
+//! `flags` is the table, `command_line` turns words into values, `check` turns values into
+//! [`Config`] and collects every mistake on the way.
+
+mod check;
+mod command_line;
+mod flags;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use command_line::Stop;
+use flags::{Flag, Kind, Room};
+
+use crate::proxy::settings::Settings;
+
+/// What the user wants done.
+#[derive(Debug)]
+pub enum Command {
+    /// Run the daemon.
+    Run(Box<Config>),
+    /// `--cleanup-config`: remove what is ours.
+    CleanUp {
+        /// `--dry-run`: only print it.
+        dry_run: bool,
+        /// How to log.
+        log: Log,
+    },
+    /// `ferroute plan`: what a daemon with these flags would change.
+    Plan {
+        /// The daemon's flags.
+        config: Box<Config>,
+        /// How to print it.
+        output: Output,
+    },
+    /// `ferroute status`: ask the running daemon.
+    Status {
+        /// Its socket.
+        socket: PathBuf,
+        /// How to print it.
+        output: Output,
+    },
+    /// `--help` or `--version`: text for standard output.
+    Print(String),
+}
+
+/// Everything the daemon needs to know.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Where objects come from.
+    pub source: Source,
+    /// Name of the Node object of this machine.
+    pub node_name: Arc<str>,
+    /// Warn when the first lists take longer than this.
+    pub cache_sync_timeout: Duration,
+    /// Where health is served.
+    pub health: Option<SocketAddr>,
+    /// Where metrics are served.
+    pub metrics: Option<Metrics>,
+    /// The Unix socket of `ferroute status`.
+    pub admin_socket: PathBuf,
+    /// How to log.
+    pub log: Log,
+    /// The service proxy's choices; `None` when it is off.
+    pub proxy: Option<Settings>,
+    /// What the user should know about the flags, as whole sentences.
+    pub notices: Vec<String>,
+}
+
+/// Where objects come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A folder of YAML and JSON files.
+    Manifests(PathBuf),
+    /// An API server; both absent means the pod's service account.
+    Api {
+        /// `--kubeconfig`.
+        kubeconfig: Option<PathBuf>,
+        /// `--master`, which overrides the server of either.
+        master: Option<String>,
+    },
+}
+
+/// Where metrics are served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metrics {
+    /// Address and port to listen on.
+    pub address: SocketAddr,
+    /// The HTTP path.
+    pub path: String,
+}
+
+/// How to log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// One JSON object per line instead of text.
+    pub json: bool,
+    /// kube-router's `-v` level.
+    pub level: i32,
+}
+
+/// How a command prints its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// What the machine says about itself.
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    /// Environment variable `NODE_NAME`.
+    pub node_name: Option<String>,
+    /// The operating system's host name.
+    pub host_name: Option<String>,
+}
+
+/// One thing that is wrong with the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistake {
+    /// Whether the words themselves are wrong (exit 2), as opposed to what they mean (exit 1).
+    pub is_usage: bool,
+    /// What, where and what to do.
+    pub text: String,
+}
+
+impl Mistake {
+    fn usage(text: impl Into<String>) -> Self {
+        Self { is_usage: true, text: text.into() }
+    }
+
+    fn meaning(text: impl Into<String>) -> Self {
+        Self { is_usage: false, text: text.into() }
+    }
+}
+
+/// All mistakes of one command line; never empty.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Mistakes(pub Vec<Mistake>);
+
+impl Mistakes {
+    /// 2 when the words are wrong, 1 when only their meaning is.
+    pub fn exit_code(&self) -> u8 {
+        if self.0.iter().any(|mistake| mistake.is_usage) { 2 } else { 1 }
+    }
+}
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for mistake in &self.0 {
+            writeln!(f, "ferroute: {}", mistake.text)?;
+        }
+        if self.exit_code() == 2 {
+            writeln!(f, "Run 'ferroute --help' for the flags.")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Mistakes {}
+
+const ABOUT: &str = "One Kubernetes node network agent: Services through IPVS.\n\n\
+    ferroute [FLAGS]          run the daemon (as root)\n\
+    ferroute status [FLAGS]   what the running daemon wants, what the kernel has, the difference\n\
+    ferroute plan [FLAGS]     what a daemon with these flags would change; writes nothing\n\n\
+    Flags are compatible with kube-router's. Durations are Go's (1m30s), lists go by comma or repetition.";
+
+const OUTPUT: Flag = Flag {
+    name: "output",
+    kind: Kind::Text,
+    default: "text",
+    room: Room::Daemon,
+    asks: false,
+    help: "Print `text` or `json`",
+};
+
+/// Reads a command line; `words` do not include the program's own name.
+pub fn parse(words: Vec<OsString>, environment: &Environment) -> Result<Command, Mistakes> {
+    let outcome = match words.first().and_then(|word| word.to_str()) {
+        Some("status") => command_line::read(
+            "ferroute status",
+            "What the running daemon wants, what the kernel has, and the difference.",
+            |flag| flag.name == "admin-socket",
+            &[OUTPUT],
+            words.into_iter().skip(1).collect(),
+        )
+        .and_then(|given| {
+            let output = check::output(&given)?;
+            Ok(Command::Status { socket: PathBuf::from(given.text("admin-socket")), output })
+        }),
+        Some("plan") => command_line::read(
+            "ferroute plan",
+            "What a daemon with these flags would change in the kernel. Writes nothing.",
+            |_| true,
+            &[OUTPUT],
+            words.into_iter().skip(1).collect(),
+        )
+        .and_then(|given| {
+            let output = check::output(&given)?;
+            Ok(Command::Plan { config: Box::new(check::config(&given, environment)?), output })
+        }),
+        _ => command_line::read("ferroute", ABOUT, |_| true, &[], words)
+            .and_then(|given| check::command(&given, environment)),
+    };
+    match outcome {
+        Ok(command) => Ok(command),
+        Err(Stop::Print(text)) => Ok(Command::Print(text)),
+        Err(Stop::Wrong(mistakes)) => Err(Mistakes(mistakes)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,607 @@
+use std::collections::BTreeSet;
+
+use super::flags::{FLAGS, find};
+use super::*;
+
+fn environment() -> Environment {
+    Environment { node_name: None, host_name: Some("Worker-1".to_owned()) }
+}
+
+fn parse_line(line: &str) -> Result<Command, Mistakes> {
+    parse(line.split_whitespace().map(OsString::from).collect(), &environment())
+}
+
+fn run(line: &str) -> Config {
+    match parse_line(line) {
+        Ok(Command::Run(config)) => *config,
+        other => panic!("{line:?} gave {other:?}"),
+    }
+}
+
+fn settings(line: &str) -> Settings {
+    run(line).proxy.unwrap()
+}
+
+fn refused(line: &str) -> (u8, String) {
+    match parse_line(line) {
+        Err(mistakes) => (mistakes.exit_code(), mistakes.to_string()),
+        other => panic!("{line:?} gave {other:?}"),
+    }
+}
+
+const U32: Kind = Kind::Number(u32::MAX as u64);
+const U16: Kind = Kind::Number(u16::MAX as u64);
+
+/// kube-router 2.11's flags with their kinds and defaults.
+const KUBE_ROUTER: &[(&str, Kind, &str)] = &[
+    ("cache-sync-timeout", Kind::Duration, "1m0s"),
+    ("cleanup-config", Kind::Switch, "false"),
+    ("enable-pprof", Kind::Switch, "false"),
+    ("health-addr", Kind::Text, ""),
+    ("health-port", U16, "20244"),
+    ("hostname-override", Kind::Text, ""),
+    ("kubeconfig", Kind::Text, ""),
+    ("master", Kind::Text, ""),
+    ("metrics-addr", Kind::Text, ""),
+    ("metrics-path", Kind::Text, "/metrics"),
+    ("metrics-port", U16, "0"),
+    ("v", Kind::Text, "0"),
+    ("run-router", Kind::Switch, "true"),
+    ("run-firewall", Kind::Switch, "true"),
+    ("run-service-proxy", Kind::Switch, "true"),
+    ("run-loadbalancer", Kind::Switch, "false"),
+    ("enable-ipv4", Kind::Switch, "true"),
+    ("enable-ipv6", Kind::Switch, "false"),
+    ("excluded-cidrs", Kind::List, ""),
+    ("hairpin-mode", Kind::Switch, "false"),
+    ("ipvs-graceful-period", Kind::Duration, "30s"),
+    ("ipvs-graceful-termination", Kind::Switch, "false"),
+    ("ipvs-permit-all", Kind::Switch, "true"),
+    ("ipvs-sync-period", Kind::Duration, "5m0s"),
+    ("masquerade-all", Kind::Switch, "false"),
+    ("nodeport-bindon-all-ip", Kind::Switch, "false"),
+    ("runtime-endpoint", Kind::Text, ""),
+    ("service-tcp-timeout", Kind::Duration, "0s"),
+    ("service-tcpfin-timeout", Kind::Duration, "0s"),
+    ("service-udp-timeout", Kind::Duration, "0s"),
+    ("strict-external-ip-validation", Kind::Switch, "true"),
+    ("service-external-ip-range", Kind::List, ""),
+    ("iptables-sync-period", Kind::Duration, "5m0s"),
+    ("netpol-default-deny", Kind::Switch, "false"),
+    ("service-cluster-ip-range", Kind::List, "10.96.0.0/12"),
+    ("service-node-port-range", Kind::Text, "30000-32767"),
+    ("use-nftables-for-netpol", Kind::Switch, "false"),
+    ("advertise-cluster-ip", Kind::Switch, "false"),
+    ("advertise-external-ip", Kind::Switch, "false"),
+    ("advertise-loadbalancer-ip", Kind::Switch, "false"),
+    ("advertise-pod-cidr", Kind::Switch, "true"),
+    ("auto-mtu", Kind::Switch, "true"),
+    ("bfd-desired-min-tx-interval", U32, "1000"),
+    ("bfd-detection-multiplier", U32, "3"),
+    ("bfd-port", U32, "3784"),
+    ("bfd-required-min-rx-interval", U32, "1000"),
+    ("enable-bfd", Kind::Switch, "false"),
+    ("bgp-graceful-restart", Kind::Switch, "false"),
+    ("bgp-graceful-restart-deferral-time", Kind::Duration, "6m0s"),
+    ("bgp-graceful-restart-time", Kind::Duration, "1m30s"),
+    ("bgp-holdtime", Kind::Duration, "1m30s"),
+    ("bgp-port", U32, "179"),
+    ("cluster-asn", U32, "0"),
+    ("disable-source-dest-check", Kind::Switch, "true"),
+    ("enable-cni", Kind::Switch, "true"),
+    ("enable-ibgp", Kind::Switch, "true"),
+    ("enable-overlay", Kind::Switch, "true"),
+    ("enable-pod-egress", Kind::Switch, "true"),
+    ("gobgp-admin-address", Kind::Text, "127.0.0.1"),
+    ("gobgp-admin-port", U16, "50051"),
+    ("injected-routes-sync-period", Kind::Duration, "1m0s"),
+    ("nodes-full-mesh", Kind::Switch, "true"),
+    ("overlay-encap", Kind::Text, "ipip"),
+    ("overlay-encap-port", U16, "5555"),
+    ("overlay-type", Kind::Text, "subnet"),
+    ("override-nexthop", Kind::Switch, "false"),
+    ("peer-router-asns", Kind::List, ""),
+    ("peer-router-ips", Kind::List, ""),
+    ("peer-router-multihop-ttl", Kind::Number(255), "0"),
+    ("peer-router-passwords", Kind::List, ""),
+    ("peer-router-passwords-file", Kind::Text, ""),
+    ("peer-router-ports", Kind::List, ""),
+    ("router-id", Kind::Text, ""),
+    ("routes-sync-period", Kind::Duration, "5m0s"),
+    ("loadbalancer-default-class", Kind::Switch, "true"),
+    ("loadbalancer-ip-range", Kind::List, ""),
+    ("loadbalancer-sync-period", Kind::Duration, "1m0s"),
+];
+
+/// Where we differ on purpose; each is in the flag's help text.
+const OTHER_DEFAULTS: &[(&str, &str)] =
+    &[("health-addr", "127.0.0.1"), ("ipvs-graceful-termination", "true")];
+
+/// Flags that kube-router does not have.
+const OURS: &[&str] = &["admin-socket", "dry-run", "log-format", "manifests"];
+
+#[test]
+fn every_flag_of_kube_router_exists_with_its_kind_and_default() {
+    for (name, kind, default) in KUBE_ROUTER {
+        let flag = find(name).unwrap_or_else(|| panic!("--{name} is missing"));
+        assert_eq!(flag.kind, *kind, "kind of --{name}");
+        let wanted = OTHER_DEFAULTS.iter().find(|(other, _)| other == name).map_or(*default, |(_, d)| *d);
+        assert_eq!(flag.default, wanted, "default of --{name}");
+        if wanted != *default {
+            assert!(flag.help.contains("kube-router"), "--{name} does not say that its default differs");
+        }
+    }
+    let known: BTreeSet<&str> =
+        KUBE_ROUTER.iter().map(|(name, ..)| *name).chain(OURS.iter().copied()).collect();
+    let ours: BTreeSet<&str> = FLAGS.iter().map(|flag| flag.name).collect();
+    assert_eq!(known, ours);
+    assert_eq!(FLAGS.len(), ours.len(), "a flag is listed twice");
+}
+
+#[test]
+fn every_default_may_be_restated() {
+    for flag in FLAGS {
+        let restated = format!("--{}={}", flag.name, flag.default);
+        if ["run-router", "run-firewall", "service-cluster-ip-range"].contains(&flag.name) {
+            continue; // Switching an absent room on is refused: tested below.
+        }
+        if ["manifests", "kubeconfig", "master", "hostname-override"].contains(&flag.name) {
+            run(&restated); // An empty text means unset.
+            continue;
+        }
+        let bare = run("");
+        assert_eq!(run(&restated), bare, "{restated}");
+    }
+}
+
+#[test]
+fn every_typed_flag_is_checked_and_named() {
+    for flag in FLAGS {
+        let bad = match flag.kind {
+            Kind::Switch => "maybe",
+            Kind::Duration => "5",
+            Kind::Number(_) => "-1",
+            Kind::Text | Kind::List => continue,
+        };
+        let (code, text) = refused(&format!("--{}={bad}", flag.name));
+        assert_eq!(code, 2, "{text}");
+        assert!(text.contains(&format!("--{}={bad}", flag.name)), "{text}");
+        if let Kind::Number(max) = flag.kind {
+            let (code, text) = refused(&format!("--{}={}", flag.name, max + 1));
+            assert_eq!((code, text.contains(flag.name)), (2, true), "{text}");
+        }
+    }
+}
+
+#[test]
+fn defaults_of_the_service_proxy() {
+    let config = run("");
+    assert_eq!(&*config.node_name, "worker-1");
+    assert_eq!(config.health, Some("127.0.0.1:20244".parse().unwrap()));
+    assert_eq!(config.metrics, None);
+    assert_eq!(config.log, Log { json: false, level: 0 });
+    assert_eq!(config.source, Source::Api { kubeconfig: None, master: None });
+    assert_eq!(config.cache_sync_timeout, Duration::from_secs(60));
+    assert_eq!(
+        config.proxy.unwrap(),
+        Settings {
+            node_name: "worker-1".into(),
+            audit_period: Duration::from_secs(300),
+            graceful_period: Some(Duration::from_secs(30)),
+            hairpin_all: false,
+            masquerade_all: false,
+            node_port_on_all_addresses: false,
+            firewall: true,
+            excluded_cidrs: vec![],
+            strict_external_ips: true,
+            external_ip_ranges: vec![],
+            load_balancer_ranges: vec![],
+            cluster_ip_ranges: vec!["10.96.0.0/12".parse().unwrap()],
+            cluster_ip_ranges_given: false,
+            node_port_range: 30000..=32767,
+            tcp_timeout: 0,
+            tcp_fin_timeout: 0,
+            udp_timeout: 0,
+        }
+    );
+    assert_eq!(
+        config.notices,
+        ["not part of this version: network policy, routes and BGP; running the service proxy only"]
+    );
+    assert_eq!(run("--run-router=false --run-firewall=false").notices, Vec::<String>::new());
+}
+
+#[test]
+fn every_flag_of_the_service_proxy_arrives() {
+    let line = "--excluded-cidrs=192.0.2.0/24 --hairpin-mode --ipvs-graceful-period=1m30s --ipvs-permit-all=false \
+        --ipvs-sync-period 1m --masquerade-all=true --nodeport-bindon-all-ip=T --service-tcp-timeout=15m \
+        --service-tcpfin-timeout=2m --service-udp-timeout=1m0.5s --strict-external-ip-validation=0 \
+        --service-external-ip-range=198.51.100.0/24,2001:db8::/32 --loadbalancer-ip-range=203.0.113.9/24 \
+        --service-cluster-ip-range=10.0.0.0/16 --service-cluster-ip-range=fd00::/112 \
+        --service-node-port-range=20000:20010 --hostname-override=Node-A --runtime-endpoint=unix:///run/x.sock";
+    assert_eq!(
+        settings(line),
+        Settings {
+            node_name: "Node-A".into(),
+            audit_period: Duration::from_secs(60),
+            graceful_period: Some(Duration::from_secs(90)),
+            hairpin_all: true,
+            masquerade_all: true,
+            node_port_on_all_addresses: true,
+            firewall: false,
+            excluded_cidrs: vec!["192.0.2.0/24".parse().unwrap()],
+            strict_external_ips: false,
+            external_ip_ranges: vec!["198.51.100.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()],
+            load_balancer_ranges: vec!["203.0.113.0/24".parse().unwrap()],
+            cluster_ip_ranges: vec!["10.0.0.0/16".parse().unwrap(), "fd00::/112".parse().unwrap()],
+            cluster_ip_ranges_given: true,
+            node_port_range: 20000..=20010,
+            tcp_timeout: 900,
+            tcp_fin_timeout: 120,
+            udp_timeout: 60,
+        }
+    );
+    assert_eq!(settings("--ipvs-graceful-termination=false").graceful_period, None);
+    assert_eq!(settings("--ipvs-graceful-period=0s").graceful_period, None);
+    assert_eq!(settings("--enable-ipv4=false --enable-ipv6").cluster_ip_ranges, vec![]);
+}
+
+#[test]
+fn every_flag_of_the_process_arrives() {
+    let config = run(
+        "--kubeconfig=/etc/k --master=https://[2001:db8::1]:6443 --health-addr= --health-port=1 \
+        --metrics-addr=::1 --metrics-port=8080 --metrics-path=/m --log-format=json -v 3 --cache-sync-timeout=2s \
+        --admin-socket=/run/x/y.sock",
+    );
+    assert_eq!(
+        config.source,
+        Source::Api { kubeconfig: Some("/etc/k".into()), master: Some("https://[2001:db8::1]:6443".into()) }
+    );
+    assert_eq!(config.health, Some("[::]:1".parse().unwrap()));
+    assert_eq!(
+        config.metrics,
+        Some(Metrics { address: "[::1]:8080".parse().unwrap(), path: "/m".to_owned() })
+    );
+    assert_eq!(config.log, Log { json: true, level: 3 });
+    assert_eq!(config.cache_sync_timeout, Duration::from_secs(2));
+    assert_eq!(config.admin_socket, PathBuf::from("/run/x/y.sock"));
+    assert_eq!(run("--manifests=/m").source, Source::Manifests("/m".into()));
+    assert_eq!(run("--health-port=0").health, None);
+}
+
+#[test]
+fn the_node_is_named_by_flag_then_variable_then_host() {
+    let name = |line: &str, variable: Option<&str>, host: Option<&str>| {
+        let environment =
+            Environment { node_name: variable.map(str::to_owned), host_name: host.map(str::to_owned) };
+        match parse(line.split_whitespace().map(OsString::from).collect(), &environment) {
+            Ok(Command::Run(config)) => Ok(config.node_name.to_string()),
+            Err(mistakes) => Err(mistakes.exit_code()),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(name("--hostname-override=F", Some("v"), Some("h")), Ok("F".into()));
+    assert_eq!(name("", Some("v"), Some("h")), Ok("v".into()));
+    assert_eq!(name("", Some(""), Some("H.example")), Ok("h.example".into()));
+    assert_eq!(name("", None, None), Err(1));
+}
+
+#[test]
+fn booleans_take_the_words_of_go() {
+    for (word, value) in [
+        ("1", true),
+        ("t", true),
+        ("T", true),
+        ("true", true),
+        ("TRUE", true),
+        ("True", true),
+        ("0", false),
+        ("f", false),
+        ("F", false),
+        ("false", false),
+        ("FALSE", false),
+        ("False", false),
+    ] {
+        assert_eq!(settings(&format!("--masquerade-all={word}")).masquerade_all, value, "{word}");
+    }
+    assert!(settings("--masquerade-all").masquerade_all);
+    for word in ["yes", "on", "tRUE", "2", "", "'true'"] {
+        assert_eq!(refused(&format!("--masquerade-all={word}")).0, 2, "{word:?}");
+    }
+}
+
+#[test]
+fn repetition_and_short_forms_follow_pflag() {
+    assert_eq!(run("--v=1 -v=2 -v3 -v 4").log.level, 4);
+    assert_eq!(run("-v=2").log.level, 2);
+    assert_eq!(run("-v3").log.level, 3);
+    assert_eq!(
+        settings("--ipvs-sync-period=1m --ipvs-sync-period=2m").audit_period,
+        Duration::from_secs(120)
+    );
+    assert!(!settings("--masquerade-all --masquerade-all=false").masquerade_all);
+    let ranges = |line: &str| settings(line).external_ip_ranges.len();
+    assert_eq!(ranges("--service-external-ip-range="), 0);
+    assert_eq!(
+        ranges("--service-external-ip-range=10.0.0.0/8,11.0.0.0/8 --service-external-ip-range 12.0.0.0/8"),
+        3
+    );
+    assert_eq!(ranges("--service-external-ip-range=\"10.0.0.0/8\",,11.0.0.0/8,"), 2);
+    // The first use replaces the default.
+    assert_eq!(settings("--service-cluster-ip-range=fd00::/112").cluster_ip_ranges.len(), 1);
+}
+
+#[test]
+fn mistakes_come_together() {
+    let (code, text) = refused(
+        "--ipvs-sync-period=0s --excluded-cidrs=10.0.0.0/33,x --metrics-path=m --service-node-port-range=9-1 \
+         --service-tcp-timeout=-1s --overlay-type=none",
+    );
+    assert_eq!(code, 1);
+    for part in [
+        "--ipvs-sync-period=0s",
+        "\"10.0.0.0/33\"",
+        "\"x\"",
+        "--metrics-path=m",
+        "--service-node-port-range=9-1",
+        "--service-tcp-timeout=-1s",
+        "--overlay-type=none",
+    ] {
+        assert!(text.contains(part), "{part} is missing in:\n{text}");
+    }
+    let (code, text) = refused("--ipvs-sync-period=-5m --masquerade-all=maybe");
+    assert_eq!(code, 2);
+    assert!(text.contains("--ipvs-sync-period=-5m0s") && text.contains("--masquerade-all=maybe"), "{text}");
+}
+
+#[test]
+fn values_out_of_range_are_refused() {
+    for line in [
+        "--ipvs-sync-period=-1s",
+        "--iptables-sync-period=0",
+        "--routes-sync-period=0s",
+        "--injected-routes-sync-period=-1m",
+        "--loadbalancer-sync-period=0s",
+        "--cache-sync-timeout=0s",
+        "--ipvs-graceful-period=-1s",
+        "--service-udp-timeout=500ms",
+        "--service-tcp-timeout=2147484s",
+        "--service-node-port-range=30000",
+        "--service-node-port-range=5-5",
+        "--service-node-port-range=1-70000",
+        "--service-cluster-ip-range=",
+        "--service-cluster-ip-range=10.0.0.0/8,11.0.0.0/8,12.0.0.0/8",
+        "--service-cluster-ip-range=10.0.0.0",
+        "--service-cluster-ip-range=fd00::/112 --enable-ipv6=false",
+        "--service-cluster-ip-range=10.0.0.0/16 --enable-ipv4=false --enable-ipv6",
+        "--loadbalancer-ip-range=10.0.0.0/16 --enable-ipv4=false",
+        "--enable-ipv4=false --enable-ipv6=false",
+        "--bgp-holdtime=2s",
+        "--bgp-holdtime=65537s",
+        "--bgp-port=0",
+        "--bgp-port=65536",
+        "--overlay-encap=gre",
+        "--overlay-encap-port=1023",
+        "--overlay-type=",
+        "--router-id=10.0.0",
+        "--cluster-asn=1",
+        "--cluster-asn=64511",
+        "--cluster-asn=65536",
+        "--cluster-asn=4294967295",
+        "--bgp-graceful-restart --bgp-graceful-restart-time=4096s",
+        "--bgp-graceful-restart --bgp-graceful-restart-deferral-time=0s",
+        "--bgp-graceful-restart --bgp-graceful-restart-deferral-time=18h1s",
+        "--health-addr=localhost",
+        "--metrics-addr=300.0.0.1 --metrics-port=1",
+        "--metrics-port=20244",
+        "--admin-socket=x.sock",
+        "--admin-socket=/",
+        "--master=https://%APISERVER%",
+        "--master=ftp://x",
+        "--manifests=/m --kubeconfig=/k",
+        "--dry-run",
+        "--enable-pprof",
+    ] {
+        let (code, text) = refused(line);
+        assert_eq!(code, 1, "{line}: {text}");
+    }
+    for line in [
+        "--bgp-holdtime=3s",
+        "--bgp-holdtime=65536s",
+        "--cluster-asn=64512",
+        "--cluster-asn=65535",
+        "--cluster-asn=4200000000",
+        "--cluster-asn=4294967294",
+        "--router-id=generate",
+        "--router-id=10.0.0.1",
+        "--bgp-graceful-restart-time=2h",
+        "--bfd-port=0",
+        "--service-cluster-ip-range=fd00::/112",
+        "--service-tcp-timeout=2147483s",
+        "--overlay-encap=fou",
+        "--overlay-type=full",
+        "--health-addr=[::1]",
+        "--master=10.0.0.1:6443",
+        "--v=-1",
+    ] {
+        run(line);
+    }
+}
+
+#[test]
+fn lists_of_peers_are_checked() {
+    const OFF: &str = "--run-router=false --peer-router-ips=192.0.2.1,2001:db8::1";
+    run(&format!("{OFF} --peer-router-asns=64512,65000"));
+    run(&format!("{OFF} --peer-router-asns=64512 --peer-router-asns=65000 --peer-router-passwords=cHc=,"));
+    run(&format!("{OFF} --peer-router-asns=1,2 --peer-router-ports=179,1179"));
+    for asn in [1, 23455, 23457, 63999, 64512, 65534, 131_072, 4_199_999_999, 4_200_000_000, 4_294_967_294u32]
+    {
+        run(&format!("{OFF} --peer-router-asns=1,{asn}"));
+    }
+    for asn in [0, 23456, 64000, 64511, 65535, 131_071, 4_294_967_295u32] {
+        assert_eq!(refused(&format!("{OFF} --peer-router-asns=1,{asn}")).0, 1, "{asn}");
+    }
+    for rest in [
+        "",
+        "--peer-router-asns=1",
+        "--peer-router-asns=1,2,3",
+        "--peer-router-asns=1,2 --peer-router-ports=1",
+        "--peer-router-asns=1,2 --peer-router-ports=0,1",
+        "--peer-router-asns=1,2 --bfd-port=0",
+        "--peer-router-asns=1,2 --bfd-detection-multiplier=256",
+        "--peer-router-asns=1,2 --peer-router-passwords=cHc=",
+        "--peer-router-asns=1,2 --bfd-desired-min-tx-interval=4294968",
+    ] {
+        assert_eq!(refused(&format!("{OFF} {rest}")).0, 1, "{rest}");
+    }
+    for line in ["--peer-router-ips=x", "--peer-router-asns=x", "--peer-router-ports=x"] {
+        assert_eq!(refused(&format!("--run-router=false {line}")).0, 2, "{line}");
+    }
+}
+
+#[test]
+fn secrets_are_never_printed() {
+    for line in [
+        "--peer-router-passwords=hunter2!,hunter2",
+        "--peer-router-passwords hunter2x hunter2y",
+        "--run-router=false --peer-router-passwords=hunter2 --ipvs-sync-period=0s",
+    ] {
+        let (_, text) = refused(line);
+        assert!(!text.contains("hunter2"), "{text}");
+    }
+}
+
+#[test]
+fn absent_rooms_are_refused_only_when_asked_for() {
+    for line in [
+        "--run-router=true",
+        "--run-router",
+        "--run-firewall=true",
+        "--run-loadbalancer",
+        "--advertise-cluster-ip=true",
+        "--advertise-external-ip",
+        "--advertise-loadbalancer-ip=1",
+        "--netpol-default-deny",
+        "--use-nftables-for-netpol=true",
+        "--enable-bfd",
+        "--peer-router-ips=192.0.2.1 --peer-router-asns=64512",
+        "--peer-router-passwords-file=/x",
+        "--run-service-proxy=false",
+        "--run-service-proxy=false --run-router=false",
+    ] {
+        let (code, text) = refused(line);
+        assert_eq!(code, 1, "{line}: {text}");
+        let flag = line.split(['=', ' ']).next().unwrap();
+        assert!(text.contains(flag), "{line}: {text}");
+    }
+    for line in [
+        "--run-router=false --run-firewall=false --run-loadbalancer=false",
+        "--advertise-cluster-ip=false",
+        "--advertise-pod-cidr=true",
+        "--netpol-default-deny=false",
+        "--bgp-holdtime=90s",
+        "--peer-router-ips=",
+        "--run-router=false --advertise-cluster-ip=true",
+        "--run-firewall=false --netpol-default-deny=true",
+    ] {
+        let config = run(line);
+        assert!(!config.notices.iter().any(|notice| notice.contains("no effect")), "{line}: {config:?}");
+    }
+    let config = run("--bgp-graceful-restart=true --cluster-asn=64513 --iptables-sync-period=1m");
+    assert_eq!(
+        config.notices,
+        [
+            "not part of this version: network policy, routes and BGP; running the service proxy only",
+            "no effect, because network policy is not part of this version: --iptables-sync-period",
+            "no effect, because routes and BGP is not part of this version: --bgp-graceful-restart --cluster-asn",
+        ]
+    );
+    let idle = run("--run-service-proxy=false --run-router=false --run-firewall=false");
+    assert_eq!(idle.proxy, None);
+}
+
+#[test]
+fn old_and_wrong_spellings_are_explained() {
+    for (line, parts) in [
+        ("-master=http://x", ["-master", "--master"]),
+        ("-run-router=false -kubeconfig /x", ["--run-router", "--kubeconfig"]),
+        ("--peer-router=1.2.3.4", ["--peer-router ", "--peer-router-ips"]),
+        ("--peer-asn 5", ["--peer-asn ", "--peer-router-asns"]),
+        ("--nodes-full-mesh-password=hunter2", ["--nodes-full-mesh-password", "remove"]),
+        ("--run-network-policy-controller", ["--run-network-policy-controller", "--run-firewall"]),
+        ("--run-router false", ["\"false\"", "--run-router=false"]),
+        ("--masquerade-al", ["--masquerade-al", "--masquerade-all"]),
+        ("stop", ["\"stop\"", "--flag=value"]),
+        ("--v=1 status", ["\"status\"", "first word"]),
+        ("--v=high", ["-v=high", "-v=2"]),
+        ("--log-format=xml", ["--log-format=xml", "json"]),
+        ("status --masquerade-all", ["--masquerade-all", ""]),
+        ("status --output=yaml", ["--output=yaml", "json"]),
+        ("--kubeconfig", ["--kubeconfig", "value"]),
+    ] {
+        let (code, text) = refused(line);
+        assert_eq!(code, 2, "{line}: {text}");
+        for part in parts {
+            assert!(text.contains(part), "{line}: {part:?} is missing in: {text}");
+        }
+        assert!(!text.contains("hunter2"), "{text}");
+    }
+    for line in ["--cluster-cidr=10.0.0.0/8", "--config-sync-period=1m", "--cluster-cidr 10.0.0.0/8"] {
+        let flag = line.split(['=', ' ']).next().unwrap();
+        assert!(run(line).notices[0].starts_with(&format!("{flag} is deprecated")), "{line}");
+    }
+}
+
+#[test]
+fn commands_are_told_apart() {
+    let socket = PathBuf::from("/run/ferroute/ferroute.sock");
+    assert!(
+        matches!(parse_line("status").unwrap(), Command::Status { socket: s, output: Output::Text } if s == socket)
+    );
+    assert!(matches!(parse_line("status -o json").unwrap(), Command::Status { output: Output::Json, .. }));
+    assert!(matches!(
+        parse_line("plan --manifests=/m --output json").unwrap(),
+        Command::Plan { output: Output::Json, config } if config.source == Source::Manifests("/m".into())
+    ));
+    assert!(matches!(parse_line("--cleanup-config").unwrap(), Command::CleanUp { dry_run: false, .. }));
+    assert!(matches!(
+        parse_line("--cleanup-config --dry-run").unwrap(),
+        Command::CleanUp { dry_run: true, .. }
+    ));
+    // A clean-up works with the flags of the DaemonSet it cleans up after.
+    assert!(matches!(
+        parse_line("--run-router=true --master=https://%APISERVER% --cleanup-config=true").unwrap(),
+        Command::CleanUp { .. }
+    ));
+    assert_eq!(refused("plan --cleanup-config").0, 1);
+    for (line, part) in [
+        ("--help", "--ipvs-sync-period"),
+        ("-h", "ferroute status"),
+        ("--version", env!("CARGO_PKG_VERSION")),
+        ("-V", "ferroute "),
+        ("status --help", "--admin-socket"),
+        ("plan -h", "--manifests"),
+    ] {
+        match parse_line(line).unwrap() {
+            Command::Print(text) => assert!(text.contains(part), "{line}: {text}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn words_that_are_no_text_do_not_panic() {
+    use std::os::unix::ffi::OsStringExt;
+    for words in [vec![vec![0xff]], vec![b"--master".to_vec(), vec![0xfe]], vec![b"--v=\xff".to_vec()]] {
+        let words = words.into_iter().map(OsString::from_vec).collect();
+        assert!(parse(words, &environment()).is_err());
+    }
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_command_line_panics(words in proptest::collection::vec("-{0,2}[a-z]{0,3}(master|v|run-router|peer-router-ips|excluded-cidrs|health-addr)?=?\\PC{0,8}", 0..5)) {
+        let _ = parse(words.into_iter().map(OsString::from).collect(), &environment());
+    }
+}
