@@ -47,6 +47,11 @@ nix::setsockopt_impl!(ExtendedAck, libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, boo
 struct CappedAck;
 nix::setsockopt_impl!(CappedAck, libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, bool, SetBool);
 
+/// `NETLINK_GET_STRICT_CHK`: rtnetlink dumps read the whole request and filter by it.
+#[derive(Debug, Clone, Copy)]
+struct StrictCheck;
+nix::setsockopt_impl!(StrictCheck, libc::SOL_NETLINK, libc::NETLINK_GET_STRICT_CHK, bool, SetBool);
+
 /// `NETLINK_ADD_MEMBERSHIP`.
 #[derive(Debug, Clone, Copy)]
 struct Membership;
@@ -115,6 +120,10 @@ impl Socket {
         // Absent before Linux 4.12 and 4.3: the text is lost then, nothing else.
         let _ = setsockopt(&fd, ExtendedAck, &true);
         let _ = setsockopt(&fd, CappedAck, &true);
+        if protocol == Protocol::Route {
+            // Absent before Linux 4.20, which answers a filtered dump with everything.
+            let _ = setsockopt(&fd, StrictCheck, &true);
+        }
         let room = getsockopt(&fd, RcvBuf).map_err(failed("read the buffer size of"))?;
         Ok(Self {
             fd,
