@@ -1,5 +1,7 @@
 //! Against the running kernel, in network namespaces of their own. Needs root.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first surprise")]
+
 use std::net::Ipv4Addr;
 use std::thread;
 use std::time::{Duration, Instant};
