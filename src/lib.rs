@@ -16,3 +16,4 @@ pub mod config;
 pub mod duration;
 pub mod host;
 pub mod proxy;
+pub mod report;

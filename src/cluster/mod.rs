@@ -5,9 +5,19 @@
 //! that collects the keys that changed since it last looked, so no queue grows and a burst of
 //! events costs one wake-up. No socket, no clock and no Kubernetes client type lives in here.
 
+pub mod access;
+mod decode;
 pub mod endpoints;
+mod feed;
+pub mod file;
+pub mod health;
+pub mod network_policy;
 pub mod node;
 pub mod service;
+pub mod source;
+mod watch;
+pub mod wire;
+pub mod workload;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
@@ -17,8 +27,14 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 
 use endpoints::Slice;
+use network_policy::NetworkPolicy;
 use node::Node;
 use service::Service;
+use workload::{Namespace, Pod};
+
+pub use access::Access;
+pub use health::WatchHealth;
+pub use source::{Error, Interests, Source, run};
 
 /// Namespace and name of an object.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -66,6 +82,33 @@ pub enum Kind {
     Node,
     /// networking.k8s.io/v1 ServiceCIDR; servers without it count as listed with none.
     ServiceCidr,
+    /// core/v1 Pod.
+    Pod,
+    /// core/v1 Namespace.
+    Namespace,
+    /// networking.k8s.io/v1 NetworkPolicy.
+    NetworkPolicy,
+}
+
+impl Kind {
+    /// The kind as written in manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Service => "Service",
+            Kind::EndpointSlice => "EndpointSlice",
+            Kind::Node => "Node",
+            Kind::ServiceCidr => "ServiceCIDR",
+            Kind::Pod => "Pod",
+            Kind::Namespace => "Namespace",
+            Kind::NetworkPolicy => "NetworkPolicy",
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// Everything known about the cluster. Read through [`Cluster::read`].
@@ -80,6 +123,12 @@ pub struct State {
     pub nodes: HashMap<Arc<str>, Arc<Node>>,
     /// CIDRs of ServiceCIDR objects that are ready, by object name.
     pub service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
+    /// Pods; only when a room asked for them.
+    pub pods: HashMap<ObjectKey, Arc<Pod>>,
+    /// Namespaces by name; only when a room asked for them.
+    pub namespaces: HashMap<Arc<str>, Arc<Namespace>>,
+    /// NetworkPolicies; only when a room asked for them.
+    pub network_policies: HashMap<ObjectKey, Arc<NetworkPolicy>>,
     /// Kinds whose first list is complete. No room acts on a kind before that.
     pub listed: BTreeSet<Kind>,
 }
@@ -100,6 +149,12 @@ pub struct Dirty {
     pub nodes: BTreeSet<Arc<str>>,
     /// Whether the set of service CIDRs changed.
     pub service_cidrs: bool,
+    /// Pods that changed, appeared or went.
+    pub pods: BTreeSet<ObjectKey>,
+    /// Namespaces that changed, appeared or went.
+    pub namespaces: BTreeSet<Arc<str>>,
+    /// NetworkPolicies that changed, appeared or went.
+    pub network_policies: BTreeSet<ObjectKey>,
     /// Whether a kind finished its first list.
     pub listed: bool,
     /// When the oldest of these changes was decoded (for latency metrics).
@@ -109,7 +164,13 @@ pub struct Dirty {
 impl Dirty {
     /// Whether nothing changed.
     pub fn is_empty(&self) -> bool {
-        self.services.is_empty() && self.nodes.is_empty() && !self.service_cidrs && !self.listed
+        self.services.is_empty()
+            && self.nodes.is_empty()
+            && self.pods.is_empty()
+            && self.namespaces.is_empty()
+            && self.network_policies.is_empty()
+            && !self.service_cidrs
+            && !self.listed
     }
 }
 
@@ -123,6 +184,7 @@ pub struct Cluster {
 struct Inner {
     state: Mutex<State>,
     subscribers: Mutex<Vec<Arc<Inbox>>>,
+    health: WatchHealth,
 }
 
 #[derive(Default)]
@@ -175,6 +237,9 @@ impl Cluster {
             let mut content = lock(&inbox.content);
             content.dirty.services = state.services.keys().cloned().collect();
             content.dirty.nodes = state.nodes.keys().cloned().collect();
+            content.dirty.pods = state.pods.keys().cloned().collect();
+            content.dirty.namespaces = state.namespaces.keys().cloned().collect();
+            content.dirty.network_policies = state.network_policies.keys().cloned().collect();
             content.dirty.service_cidrs = !state.service_cidrs.is_empty();
             content.dirty.listed = !state.listed.is_empty();
             if !content.dirty.is_empty() {
@@ -278,6 +343,78 @@ impl Cluster {
         if changed {
             self.mark(|dirty| dirty.service_cidrs = true);
         }
+    }
+
+    /// Stores a Pod; wakes readers only if it differs.
+    pub fn apply_pod(&self, pod: Pod) {
+        let key = pod.key.clone();
+        let mut state = self.read();
+        if state.pods.get(&key).is_some_and(|known| **known == pod) {
+            return;
+        }
+        state.pods.insert(key.clone(), Arc::new(pod));
+        self.mark(|dirty| {
+            dirty.pods.insert(key.clone());
+        });
+    }
+
+    /// Forgets a Pod.
+    pub fn delete_pod(&self, key: &ObjectKey) {
+        if self.read().pods.remove(key).is_some() {
+            self.mark(|dirty| {
+                dirty.pods.insert(key.clone());
+            });
+        }
+    }
+
+    /// Stores a Namespace; wakes readers only if it differs.
+    pub fn apply_namespace(&self, namespace: Namespace) {
+        let name = namespace.name.clone();
+        let mut state = self.read();
+        if state.namespaces.get(&name).is_some_and(|known| **known == namespace) {
+            return;
+        }
+        state.namespaces.insert(name.clone(), Arc::new(namespace));
+        self.mark(|dirty| {
+            dirty.namespaces.insert(name.clone());
+        });
+    }
+
+    /// Forgets a Namespace.
+    pub fn delete_namespace(&self, name: &str) {
+        let removed = self.read().namespaces.remove_entry(name);
+        if let Some((name, _)) = removed {
+            self.mark(|dirty| {
+                dirty.namespaces.insert(name.clone());
+            });
+        }
+    }
+
+    /// Stores a NetworkPolicy; wakes readers only if it differs.
+    pub fn apply_network_policy(&self, policy: NetworkPolicy) {
+        let key = policy.key.clone();
+        let mut state = self.read();
+        if state.network_policies.get(&key).is_some_and(|known| **known == policy) {
+            return;
+        }
+        state.network_policies.insert(key.clone(), Arc::new(policy));
+        self.mark(|dirty| {
+            dirty.network_policies.insert(key.clone());
+        });
+    }
+
+    /// Forgets a NetworkPolicy.
+    pub fn delete_network_policy(&self, key: &ObjectKey) {
+        if self.read().network_policies.remove(key).is_some() {
+            self.mark(|dirty| {
+                dirty.network_policies.insert(key.clone());
+            });
+        }
+    }
+
+    /// How the watches (or the folder reader) are doing.
+    pub fn watch_health(&self) -> WatchHealth {
+        self.inner.health.clone()
     }
 
     /// Records that the first list of a kind is complete.
