@@ -73,7 +73,8 @@ pub struct Flow {
     pub mark: u32,
     /// Conntrack zone.
     pub zone: u16,
-    /// The kernel's number of this entry; another flow with the same tuple later has another.
+    /// The kernel's number of this entry: a keyed hash of its tuple and its place in memory. A
+    /// later flow of the same tuple has another number unless it took the same place.
     pub id: u32,
 }
 
@@ -235,6 +236,8 @@ impl FlowFilter {
 /// What a deletion did.
 #[derive(Debug, Default)]
 pub struct Deleted {
+    /// Flows that were looked at to find these; what the kernel filtered away is not among them.
+    pub examined: usize,
     /// Flows deleted.
     pub deleted: usize,
     /// Flows that had ended by themselves in between.
@@ -264,9 +267,14 @@ impl Conntrack {
 
     /// Lists the flows that pass `filter` and `keep`. Flows are checked as they arrive: memory
     /// follows what is kept, not what is tracked.
-    pub fn flows(
+    pub fn flows(&mut self, filter: FlowFilter, keep: impl FnMut(&Flow) -> bool) -> Result<Vec<Flow>, Error> {
+        self.list(filter, &mut 0, keep)
+    }
+
+    fn list(
         &mut self,
         filter: FlowFilter,
+        examined: &mut usize,
         mut keep: impl FnMut(&Flow) -> bool,
     ) -> Result<Vec<Flow>, Error> {
         encode_dump(&mut self.batch, &filter);
@@ -275,13 +283,13 @@ impl Conntrack {
                 if kind != CT_NEW {
                     return Ok(None);
                 }
+                *examined += 1;
                 Ok(Flow::decode(payload)?.filter(|flow| filter.admits(flow) && keep(flow)))
             })
             .map_err(|source| Error::Transport { action: "list tracked flows", source })
     }
 
-    /// Deletes these flows and no others: an entry is named by tuple, zone and number, so one that
-    /// ended and was replaced by a new flow of the same tuple stays.
+    /// Deletes these flows and no others: an entry is named by its tuple, zone and number.
     pub fn delete(&mut self, flows: &[Flow]) -> Result<Deleted, Error> {
         let mut result = Deleted::default();
         if flows.is_empty() {
@@ -315,6 +323,7 @@ impl Conntrack {
     ) -> Result<Deleted, Error> {
         let stale = StaleUdp::new(removed, appeared);
         let mut flows = Vec::new();
+        let mut examined = 0;
         if stale.is_empty() {
             return Ok(Deleted::default());
         }
@@ -330,9 +339,9 @@ impl Conntrack {
                 }
                 _ => {}
             }
-            flows.extend(self.flows(filter, |flow| stale.matches(flow))?);
+            flows.extend(self.list(filter, &mut examined, |flow| stale.matches(flow))?);
         }
-        self.delete(&flows)
+        Ok(Deleted { examined, ..self.delete(&flows)? })
     }
 }
 
@@ -343,7 +352,10 @@ fn header(family: Family) -> [u8; HEADER] {
 
 fn encode_dump(batch: &mut Batch, filter: &FlowFilter) {
     let mut bits = 0;
-    if filter.destination.is_some() {
+    // Some kernels (seen: 6.1) compare IPv6 addresses the wrong way round here and list all flows
+    // but those asked for. Protocol and port narrow enough.
+    let destination = filter.destination.filter(IpAddr::is_ipv4);
+    if destination.is_some() {
         bits |= FILTER_DESTINATION;
     }
     if filter.protocol.is_some() {
@@ -360,7 +372,7 @@ fn encode_dump(batch: &mut Batch, filter: &FlowFilter) {
         }
         // Kernels before 5.8 do not know CTA_FILTER, ignore all of this and list everything.
         body.nest(CTA_TUPLE_ORIG, |tuple| {
-            if let Some(destination) = filter.destination {
+            if let Some(destination) = destination {
                 tuple.nest(CTA_TUPLE_IP, |ip| write_destination(ip, destination));
             }
             if let Some(protocol) = filter.protocol {
@@ -488,6 +500,15 @@ mod tests {
             .unwrap()
             .unwrap();
         assert_eq!((bits.kind, bits.u32().unwrap()), (CTA_FILTER_ORIG_FLAGS, 0b10_1010));
+        let v6 = FlowFilter {
+            destination: Some("fd00::1".parse().unwrap()),
+            protocol: Some(UDP),
+            ..FlowFilter::all(Family::V6)
+        };
+        encode_dump(&mut batch, &v6);
+        let tuple = attributes(&batch.bytes()[20..]).next().unwrap().unwrap();
+        let parts: Vec<u16> = tuple.nested().map(|part| part.unwrap().kind).collect();
+        assert_eq!(parts, [CTA_TUPLE_PROTO], "no kernel is trusted to compare IPv6 addresses");
         assert!(filter.admits(&flow(17, "10.0.0.1:1000", VIP, GONE)));
         assert!(!filter.admits(&flow(17, "10.0.0.1:1000", "10.96.0.10:54", GONE)));
         assert!(!filter.admits(&flow(6, "10.0.0.1:1000", VIP, GONE)));
