@@ -10,13 +10,30 @@
 //! Everything is told what is "ours" by name prefixes; a stranger's sets, chains and rules are skipped on
 //! reading and never written.
 
+mod command;
 pub mod ipset;
+mod matches;
 mod name;
+mod plan;
+mod remove;
+mod rule;
+mod table;
+mod target;
+mod text;
 
 use std::fmt;
 use std::net::IpAddr;
 
+pub use command::{Command, Detected, Error, Mixed, Reason, Variant};
+pub use matches::{
+    AddressType, Direction, Ipvs, IpvsDirection, IpvsMethod, Match, Per, Physdev, PortRange, State, TcpFlags,
+};
 pub use name::{ChainName, NameError, SetName, hashed};
+pub use plan::{Plan, PlanError, plan};
+pub use remove::{Removal, remove};
+pub use rule::{Condition, Rule};
+pub use table::{Builtin, CutOff, Found, FoundJump, Jump, Ours, Position, Ruleset, TableName, parse};
+pub use target::{Mss, RejectWith, Target};
 
 /// Address family of a table or set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -2,6 +2,8 @@
 //!
 //! Needs root and a kernel with ip_set, hash types included; a test without them fails and says so.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::net::IpAddr;
 
 use ferroute_iptables::ipset::{

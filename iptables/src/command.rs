@@ -1,0 +1,449 @@
+//! Runs the iptables programs: which variant, with what input, for how long, and what they said.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::{Child, Command as Process, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use crate::Family;
+use crate::plan::{Plan, PlanError, plan};
+use crate::table::{Census, CutOff, Found, Ours, Ruleset, TableName, census, parse};
+
+/// How long restore waits for another program's lock, in seconds.
+const LOCK_WAIT: &str = "10";
+/// A program that takes longer is killed: more than the wait for the lock.
+const TIME_LIMIT: Duration = Duration::from_secs(60);
+
+/// Which kernel interface the programs use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Variant {
+    /// nf_tables.
+    Nft,
+    /// ip_tables, ip6_tables.
+    Legacy,
+}
+
+impl Variant {
+    /// As in the programs' names.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nft => "nft",
+            Self::Legacy => "legacy",
+        }
+    }
+}
+
+impl std::fmt::Display for Variant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// What went wrong with a program or with what it said.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not installed.
+    #[error("no {program} found in {path}: install the package iptables")]
+    Missing {
+        /// As in "iptables-save".
+        program: String,
+        /// Where it was looked for.
+        path: String,
+    },
+    /// Neither variant works with this kernel.
+    #[error("no variant of {program} works here: {}", .reasons.join("; "))]
+    NoVariant {
+        /// `iptables` or `ip6tables`.
+        program: &'static str,
+        /// Each variant's reason.
+        reasons: Vec<String>,
+    },
+    /// Could not be started or talked to.
+    #[error("cannot run {program}: {source}")]
+    Run {
+        /// The program.
+        program: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Killed at the time limit.
+    #[error("{program} did not end within {} s and was killed", .limit.as_secs())]
+    TimeLimit {
+        /// The program.
+        program: String,
+        /// The limit.
+        limit: Duration,
+    },
+    /// Ended with an error.
+    #[error("{program} failed ({status}): {stderr}{}", .line.as_ref().map(|l| format!(" [at: {l}]")).unwrap_or_default())]
+    Failed {
+        /// The program.
+        program: String,
+        /// Exit code or signal.
+        status: String,
+        /// All it said.
+        stderr: String,
+        /// The line of our document that it refused, if it said which.
+        line: Option<String>,
+    },
+    /// A listing that stops in the middle.
+    #[error(transparent)]
+    CutOff(#[from] CutOff),
+    /// A ruleset that is not ours to write.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+}
+
+/// The programs of one family and variant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Command {
+    family: Family,
+    variant: Variant,
+    save: PathBuf,
+    restore: PathBuf,
+}
+
+/// What [`Command::detect`] chose, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Detected {
+    /// The choice.
+    pub command: Command,
+    /// Why.
+    pub reason: Reason,
+    /// Rules seen in the variant that was not chosen: both filter packets, and programs that use it do not
+    /// see our rules.
+    pub mixed: Option<Mixed>,
+    /// Variants passed over, each with the reason.
+    pub passed_over: Vec<String>,
+}
+
+/// Why a variant was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The kubelet's hint or canary chain is there.
+    Kubelet,
+    /// It holds more rules.
+    MoreRules,
+    /// The caller preferred it, or the plain `iptables` is it, or it is the only one that works.
+    Default,
+}
+
+/// Rules in two variants at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mixed {
+    /// The variant not chosen.
+    pub other: Variant,
+    /// How many rules it holds.
+    pub rules: usize,
+}
+
+impl Command {
+    /// The programs of a given variant.
+    ///
+    /// # Errors
+    /// They are not installed.
+    pub fn new(family: Family, variant: Variant) -> Result<Self, Error> {
+        let program = program(family);
+        let named = |verb: &str| find(&format!("{program}-{}-{verb}", variant.name()));
+        if let (Ok(save), Ok(restore)) = (named("save"), named("restore")) {
+            return Ok(Self { family, variant, save, restore });
+        }
+        // Hosts with one variant only may give it the plain name.
+        let (save, restore) = (find(&format!("{program}-save"))?, find(&format!("{program}-restore"))?);
+        match plain_variant(family)? {
+            plain if plain == variant => Ok(Self { family, variant, save, restore }),
+            _ => Err(Error::Missing {
+                program: format!("{program}-{}-save", variant.name()),
+                path: search_path(),
+            }),
+        }
+    }
+
+    /// The programs of the variant that the host uses: the one with the kubelet's hint, else the one with
+    /// more rules, else `prefer`, else what plain `iptables` is. A variant that this kernel does not support
+    /// is passed over. For IPv6 pass what was chosen for IPv4 as `prefer`.
+    ///
+    /// # Errors
+    /// No programs, or none that works.
+    pub fn detect(family: Family, prefer: Option<Variant>) -> Result<Detected, Error> {
+        let mut seen: Vec<(Self, Census)> = Vec::new();
+        let mut passed_over = Vec::new();
+        let mut missing = None;
+        for variant in [Variant::Nft, Variant::Legacy] {
+            let command = match Self::new(family, variant) {
+                Ok(command) => command,
+                Err(error) => {
+                    passed_over.push(format!("{variant}: {error}"));
+                    missing = missing.or(Some(error));
+                    continue;
+                }
+            };
+            match command.census() {
+                Ok(census) => seen.push((command, census)),
+                Err(error) => passed_over.push(format!("{variant}: {error}")),
+            }
+        }
+        let (command, reason) = match seen.as_slice() {
+            [] => {
+                return Err(match missing {
+                    Some(missing) if passed_over.len() == 2 && seen.is_empty() && all_missing(family) => {
+                        missing
+                    }
+                    _ => Error::NoVariant { program: program(family), reasons: passed_over },
+                });
+            }
+            [(only, census)] => (only.clone(), if census.hint { Reason::Kubelet } else { Reason::Default }),
+            [(nft, n), (legacy, l), ..] => match (n.hint, l.hint) {
+                (true, false) => (nft.clone(), Reason::Kubelet),
+                (false, true) => (legacy.clone(), Reason::Kubelet),
+                _ if n.rules > l.rules => (nft.clone(), Reason::MoreRules),
+                _ if l.rules > n.rules => (legacy.clone(), Reason::MoreRules),
+                _ => {
+                    let default = prefer.or_else(|| plain_variant(family).ok()).unwrap_or(Variant::Nft);
+                    let chosen = if default == Variant::Nft { nft } else { legacy };
+                    (chosen.clone(), Reason::Default)
+                }
+            },
+        };
+        let mixed = seen
+            .iter()
+            .find(|(other, census)| other.variant != command.variant && census.rules > 0)
+            .map(|(other, census)| Mixed { other: other.variant, rules: census.rules });
+        Ok(Detected { command, reason, mixed, passed_over })
+    }
+
+    /// IPv4 or IPv6.
+    #[must_use]
+    pub fn family(&self) -> Family {
+        self.family
+    }
+
+    /// nft or legacy.
+    #[must_use]
+    pub fn variant(&self) -> Variant {
+        self.variant
+    }
+
+    /// Our chains and jumps in a table.
+    ///
+    /// # Errors
+    /// The program failed.
+    pub fn read(&self, table: TableName, ours: &Ours) -> Result<Found, Error> {
+        let save = run(&self.save, &["-t", table.name()], "")?;
+        Ok(parse(&save, table, ours)?)
+    }
+
+    /// Writes a plan in one atomic step; an empty plan runs nothing.
+    ///
+    /// # Errors
+    /// The program failed: nothing of the document was taken.
+    pub fn write(&self, table: TableName, plan: &Plan) -> Result<(), Error> {
+        if plan.is_empty() {
+            return Ok(());
+        }
+        self.restore(&plan.document(table))
+    }
+
+    /// One pass over a table: read, compare, write what differs. Returns what was done.
+    ///
+    /// # Errors
+    /// A program failed, or the ruleset is not ours.
+    pub fn sync(&self, table: TableName, ours: &Ours, wanted: &Ruleset) -> Result<Plan, Error> {
+        let plan = plan(&self.read(table, ours)?, wanted, ours, self.family)?;
+        self.write(table, &plan)?;
+        Ok(plan)
+    }
+
+    /// What [`Self::sync`] would do, without doing it.
+    ///
+    /// # Errors
+    /// A program failed, or the ruleset is not ours.
+    pub fn compare(&self, table: TableName, ours: &Ours, wanted: &Ruleset) -> Result<Plan, Error> {
+        Ok(plan(&self.read(table, ours)?, wanted, ours, self.family)?)
+    }
+
+    /// Tables that exist now; asking for another one would make it.
+    pub(crate) fn tables(&self) -> Result<Vec<TableName>, Error> {
+        let save = run(&self.save, &[], "")?;
+        let present =
+            |table: &TableName| save.lines().any(|line| line.strip_prefix('*') == Some(table.name()));
+        Ok(TableName::ALL.into_iter().filter(present).collect())
+    }
+
+    fn restore(&self, document: &str) -> Result<(), Error> {
+        run(&self.restore, &["--noflush", "-w", LOCK_WAIT], document).map(drop).map_err(|error| match error {
+            Error::Failed { program, status, stderr, .. } => {
+                let line = failed_line(&stderr).and_then(|line| document.lines().nth(line.checked_sub(1)?));
+                let line = line.map(str::to_owned);
+                Error::Failed { program, status, stderr, line }
+            }
+            other => other,
+        })
+    }
+
+    /// Counts the host's rules, or says why this variant does not work here.
+    fn census(&self) -> Result<Census, Error> {
+        // Without -t: naming a table would load it, and legacy tables on an nft host are worth avoiding.
+        let census = census(&run(&self.save, &[], "")?);
+        if self.variant == Variant::Nft && !census.tables {
+            // Kernels with nf_tables but without its IPv4 or IPv6 part list nothing and fail on writing
+            // (User-Mode Linux 6.1 of Debian). Nothing is left behind but an empty filter table, which
+            // the first real write would make too.
+            self.restore(&format!("*filter\n:{PROBE} - [0:0]\n-X {PROBE}\nCOMMIT\n"))?;
+        }
+        Ok(census)
+    }
+}
+
+const PROBE: &str = "IPTABLES-WRITE-PROBE";
+
+pub(crate) fn program(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "iptables",
+        Family::V6 => "ip6tables",
+    }
+}
+
+/// What `iptables --version` says it is.
+fn plain_variant(family: Family) -> Result<Variant, Error> {
+    let version = run(&find(program(family))?, &["--version"], "")?;
+    // Versions before 1.8 say nothing and are legacy.
+    Ok(if version.contains("nf_tables") { Variant::Nft } else { Variant::Legacy })
+}
+
+fn all_missing(family: Family) -> bool {
+    let program = program(family);
+    ["-nft-save", "-legacy-save", "-save"].iter().all(|end| find(&format!("{program}{end}")).is_err())
+}
+
+/// The search path, always with the places where these programs live.
+fn search_path() -> String {
+    let mut path = std::env::var("PATH").unwrap_or_default();
+    for place in ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"] {
+        if !path.split(':').any(|part| part == place) {
+            if !path.is_empty() {
+                path.push(':');
+            }
+            path.push_str(place);
+        }
+    }
+    path
+}
+
+fn find(program: &str) -> Result<PathBuf, Error> {
+    let path = search_path();
+    let found = path.split(':').map(|place| PathBuf::from(place).join(program)).find(|file| file.is_file());
+    found.ok_or_else(|| Error::Missing { program: program.to_owned(), path })
+}
+
+/// The number of the refused line in what restore said. Three ways are known (1.8.9):
+/// `Error occurred at line: 3`, `iptables-restore: line 3 failed`, `line 3: RULE_APPEND failed (...)`.
+fn failed_line(stderr: &str) -> Option<usize> {
+    stderr.lines().find_map(|line| {
+        let rest = line.split_once("line: ").or_else(|| line.split_once("line ")).map(|(_, rest)| rest)?;
+        rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+    })
+}
+
+/// Runs a program without a shell, feeds it, and returns its output; killed at the time limit.
+fn run(program: &std::path::Path, arguments: &[&str], input: &str) -> Result<String, Error> {
+    let name = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy().into_owned();
+    let failed = |source| Error::Run { program: name.clone(), source };
+    let mut child = Process::new(program)
+        .args(arguments)
+        .env("PATH", search_path())
+        // Messages are parsed.
+        .env("LC_ALL", "C")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(failed)?;
+    let (done, ended) = mpsc::channel();
+    let out = reader(child.stdout.take(), done.clone());
+    let err = reader(child.stderr.take(), done);
+    let stdin = child.stdin.take();
+    let input = input.to_owned();
+    // A program that ends early leaves a broken pipe: its exit code and words say why.
+    let feeder = std::thread::spawn(move || stdin.map(|mut stdin| stdin.write_all(input.as_bytes())));
+    let deadline = Instant::now() + TIME_LIMIT;
+    let mut ended_in_time = true;
+    for _ in 0..2 {
+        ended_in_time &= ended.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok();
+    }
+    let status = if ended_in_time { wait(&mut child, deadline).map_err(failed)? } else { None };
+    let Some(status) = status else {
+        // It may have ended in between.
+        let _ = child.kill();
+        child.wait().map_err(failed)?;
+        return Err(Error::TimeLimit { program: name, limit: TIME_LIMIT });
+    };
+    let _ = feeder.join();
+    let (stdout, stderr) = (out.join().unwrap_or_default(), err.join().unwrap_or_default());
+    if status.success() {
+        Ok(String::from_utf8_lossy(&stdout).into_owned())
+    } else {
+        let stderr = String::from_utf8_lossy(&stderr).trim().to_owned();
+        Err(Error::Failed { program: name, status: status.to_string(), stderr, line: None })
+    }
+}
+
+fn reader(
+    pipe: Option<impl Read + Send + 'static>,
+    done: mpsc::Sender<()>,
+) -> std::thread::JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            // What came before an error is still worth showing.
+            let _ = pipe.read_to_end(&mut bytes);
+        }
+        let _ = done.send(());
+        bytes
+    })
+}
+
+/// Both pipes are closed: the end is near, but a program may linger.
+fn wait(child: &mut Child, deadline: Instant) -> std::io::Result<Option<std::process::ExitStatus>> {
+    let mut pause = Duration::from_micros(100);
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if Instant::now() >= deadline {
+            return Ok(None);
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_refused_line_is_found_in_all_known_messages() {
+        for (text, line) in [
+            (
+                "iptables-restore v1.8.9 (legacy): Couldn't load match `x'\n\nError occurred at line: 3\nTry",
+                3,
+            ),
+            ("iptables-restore: line 67 failed", 67),
+            ("iptables-nft-restore v1.8.9 (nf_tables): \nline 56: RULE_APPEND failed (No such file)", 56),
+        ] {
+            assert_eq!(failed_line(text), Some(line));
+        }
+        assert_eq!(failed_line("something else"), None);
+    }
+
+    #[test]
+    fn programs_are_found_run_and_their_failures_told() {
+        assert_eq!(run(&find("cat").unwrap(), &[], "x\n").unwrap(), "x\n");
+        assert!(matches!(run(&find("false").unwrap(), &[], ""), Err(Error::Failed { .. })));
+        let missing = find("no-such-program").unwrap_err();
+        assert!(missing.to_string().contains("package iptables"), "{missing}");
+    }
+}

@@ -1,0 +1,323 @@
+//! What must be written for a table to hold what it shall, as one atomic restore document. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::table::{Builtin, Found, FoundJump, Jump, Ours, Position, Ruleset, TableName, forms};
+use crate::{ChainName, Family};
+
+/// A restore document and what it does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Chains created or filled anew.
+    pub written: Vec<ChainName>,
+    /// Chains deleted.
+    pub deleted: Vec<ChainName>,
+    /// Jumps inserted, as `CHAIN: words`.
+    pub jumps_added: Vec<String>,
+    /// Jumps removed, as `CHAIN: words`.
+    pub jumps_removed: Vec<String>,
+    /// Chains that are wanted away but stay, emptied: a chain that is not ours leads to them.
+    pub held: Vec<ChainName>,
+    lines: Vec<String>,
+}
+
+/// A ruleset that would write what is not ours, or that could not be recognised again.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// A chain without one of our prefixes.
+    #[error("chain {0} does not carry a prefix of ours")]
+    ForeignChain(ChainName),
+    /// A jump that does not lead to a chain of ours.
+    #[error("the jump {0:?} from {1} does not lead to a chain of ours")]
+    ForeignJump(String, &'static str),
+}
+
+impl Plan {
+    /// Nothing to write.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lines.is_empty()
+    }
+
+    /// The input for `iptables-restore --noflush`; empty when there is nothing to write.
+    #[must_use]
+    pub fn document(&self, table: TableName) -> String {
+        if self.lines.is_empty() {
+            return String::new();
+        }
+        let mut document =
+            String::with_capacity(self.lines.iter().map(|line| line.len() + 1).sum::<usize>() + 24);
+        document.push('*');
+        document.push_str(table.name());
+        document.push('\n');
+        for line in &self.lines {
+            document.push_str(line);
+            document.push('\n');
+        }
+        document.push_str("COMMIT\n");
+        document
+    }
+
+    /// What it does, one line each, for people.
+    #[must_use]
+    pub fn describe(&self) -> Vec<String> {
+        let chains = self.written.iter().map(|chain| format!("write chain {chain}"));
+        let added = self.jumps_added.iter().map(|jump| format!("add jump {jump}"));
+        let removed = self.jumps_removed.iter().map(|jump| format!("remove jump {jump}"));
+        let deleted = self.deleted.iter().map(|chain| format!("delete chain {chain}"));
+        chains.chain(added).chain(removed).chain(deleted).collect()
+    }
+}
+
+/// Compares what is there with what shall be. Rules are compared in their normal form, so a table that
+/// needs nothing gives an empty plan.
+///
+/// Order within the document: chains with their rules, jumps, deletions. Restore commits a table as a whole,
+/// so packets see the old rules or the new ones.
+///
+/// # Errors
+/// The ruleset holds something that is not ours.
+pub fn plan(found: &Found, wanted: &Ruleset, ours: &Ours, family: Family) -> Result<Plan, PlanError> {
+    if let Some(chain) = wanted.chains.keys().find(|chain| !ours.owns(chain.as_str())) {
+        return Err(PlanError::ForeignChain(*chain));
+    }
+    for Jump { from, rule, .. } in &wanted.jumps {
+        let to = rule.target.as_ref().and_then(crate::target::Target::chain);
+        if !to.is_some_and(|to| ours.owns(to.as_str())) {
+            return Err(PlanError::ForeignJump(rule.render(family), from.name()));
+        }
+    }
+    let mut plan = Plan::default();
+    let mut rules = Vec::new();
+    for (chain, want) in &wanted.chains {
+        let want = forms(want, family);
+        let same =
+            found.chains.get(chain).is_some_and(|have| have.iter().eq(want.iter().map(|(_, form)| form)));
+        if !same {
+            plan.written.push(*chain);
+            // Declaring a chain of a user creates it or empties it.
+            plan.lines.push(format!(":{chain} - [0:0]"));
+            rules
+                .extend(want.into_iter().map(|(text, _)| format!("-A {chain} {text}").trim_end().to_owned()));
+        }
+    }
+    let unwanted: Vec<ChainName> =
+        found.chains.keys().filter(|chain| !wanted.chains.contains_key(*chain)).copied().collect();
+    // Emptied before any is deleted: they may lead to each other.
+    plan.lines.extend(unwanted.iter().map(|chain| format!(":{chain} - [0:0]")));
+    plan.lines.append(&mut rules);
+
+    let mut held = BTreeSet::new();
+    for (from, have) in &found.jumps {
+        if !is_builtin(from) {
+            held.extend(have.iter().map(|jump| jump.to.clone()));
+        }
+    }
+    let mut by_chain: BTreeMap<&'static str, Vec<&Jump>> = BTreeMap::new();
+    for from in BUILTINS {
+        let jumps: Vec<&Jump> = wanted.jumps.iter().filter(|jump| jump.from == from).collect();
+        if !jumps.is_empty() || found.jumps.contains_key(from.name()) {
+            by_chain.insert(from.name(), jumps);
+        }
+    }
+    for (from, wanted) in by_chain {
+        let have = found.jumps.get(from).map(Vec::as_slice).unwrap_or_default();
+        plan.place(from, have, &wanted, family);
+    }
+    for chain in unwanted {
+        if held.contains(chain.as_str()) {
+            // Already empty and held: nothing to say each time.
+            if found.chains.get(&chain).is_some_and(Vec::is_empty) {
+                plan.lines.retain(|line| *line != format!(":{chain} - [0:0]"));
+            }
+            plan.held.push(chain);
+        } else {
+            plan.lines.push(format!("-X {chain}"));
+            plan.deleted.push(chain);
+        }
+    }
+    Ok(plan)
+}
+
+const BUILTINS: [Builtin; 5] =
+    [Builtin::Prerouting, Builtin::Input, Builtin::Forward, Builtin::Output, Builtin::Postrouting];
+
+fn is_builtin(chain: &str) -> bool {
+    BUILTINS.iter().any(|builtin| builtin.name() == chain)
+}
+
+impl Plan {
+    /// Jumps of one builtin chain.
+    fn place(&mut self, from: &'static str, have: &[FoundJump], wanted: &[&Jump], family: Family) {
+        let of = |position: Position| -> Vec<(String, String)> {
+            wanted
+                .iter()
+                .filter(|jump| jump.position == position)
+                .flat_map(|jump| forms(std::slice::from_ref(&jump.rule), family))
+                .collect()
+        };
+        let (first, last) = (of(Position::First), of(Position::Last));
+        // Those at the top that are right, in order and without a gap.
+        let settled = first
+            .iter()
+            .enumerate()
+            .all(|(at, (_, form))| have.iter().any(|jump| jump.index == at && jump.form == *form));
+        let mut remove: Vec<&FoundJump> = Vec::new();
+        let mut missing: Vec<&(String, String)> = last.iter().collect();
+        for jump in have {
+            let at_top = first.get(jump.index).is_some_and(|(_, form)| *form == jump.form);
+            if settled && at_top {
+                continue;
+            }
+            match missing.iter().position(|(_, form)| *form == jump.form) {
+                Some(at) => {
+                    missing.remove(at);
+                }
+                None => remove.push(jump),
+            }
+        }
+        // `-D` takes away the first equal rule. Equal rules are equal, but a copy further down must not cost
+        // the one at its place: then all copies go and the right ones are written again.
+        let copies = settled && remove.iter().any(|gone| first.iter().any(|(_, form)| *form == gone.form));
+        if copies {
+            remove.extend(
+                have.iter().filter(|jump| first.get(jump.index).is_some_and(|(_, f)| *f == jump.form)),
+            );
+        }
+        for jump in remove {
+            self.lines.push(format!("-D {from} {}", jump.text));
+            self.jumps_removed.push(format!("{from}: {}", jump.text));
+        }
+        if !settled || copies {
+            for (text, _) in first.iter().rev() {
+                self.lines.push(format!("-I {from} 1 {text}"));
+                self.jumps_added.push(format!("{from}: {text}"));
+            }
+        }
+        for (text, _) in missing {
+            self.lines.push(format!("-A {from} {text}"));
+            self.jumps_added.push(format!("{from}: {text}"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rule::Rule;
+    use crate::table::parse;
+    use crate::target::Target;
+
+    fn chain(name: &str) -> ChainName {
+        ChainName::new(name).unwrap()
+    }
+
+    fn jump(from: Builtin, to: &str, position: Position) -> Jump {
+        Jump { from, rule: Rule::jump(chain(to)), position }
+    }
+
+    fn check(save: &str, wanted: &Ruleset) -> Plan {
+        let ours = Ours::new(["K-"]);
+        let save = format!("*filter\n{save}COMMIT\n");
+        plan(&parse(&save, TableName::Filter, &ours).unwrap(), wanted, &ours, Family::V4).unwrap()
+    }
+
+    fn wanted() -> Ruleset {
+        Ruleset {
+            chains: BTreeMap::from([
+                (chain("K-A"), vec![Rule::new(Target::Accept).comment("it's \"a\"")]),
+                (chain("K-B"), vec![Rule::jump(chain("K-A"))]),
+            ]),
+            jumps: vec![
+                jump(Builtin::Input, "K-A", Position::First),
+                jump(Builtin::Input, "K-B", Position::First),
+                jump(Builtin::Output, "K-B", Position::Last),
+            ],
+        }
+    }
+
+    #[test]
+    fn an_empty_table_is_filled() {
+        let plan = check("", &wanted());
+        assert_eq!(
+            plan.document(TableName::Filter),
+            "*filter\n:K-A - [0:0]\n:K-B - [0:0]\n-A K-A -m comment --comment \"it's \\\"a\\\"\" -j ACCEPT\n\
+             -A K-B -j K-A\n-I INPUT 1 -j K-B\n-I INPUT 1 -j K-A\n-A OUTPUT -j K-B\nCOMMIT\n"
+        );
+    }
+
+    const SETTLED: &str = ":INPUT ACCEPT [0:0]\n:K-A - [0:0]\n:K-B - [0:0]\n-A INPUT -j K-A\n-A INPUT -j K-B\n\
+        -A INPUT -s 9.9.9.9/32 -j DROP\n-A OUTPUT -j K-B\n-A OUTPUT -j OTHER\n\
+        -A K-A -m comment --comment \"it\\'s \\\"a\\\"\" -j ACCEPT\n-A K-B -j K-A\n";
+
+    #[test]
+    fn a_settled_table_is_left_alone() {
+        let plan = check(SETTLED, &wanted());
+        assert!(plan.is_empty(), "{plan:?}");
+        assert_eq!(plan.document(TableName::Filter), "");
+    }
+
+    #[test]
+    fn only_what_changed_is_written() {
+        let drifted = SETTLED.replace("-A K-B -j K-A\n", "-A K-B -j K-A\n-A K-B -j DROP\n");
+        let plan = check(&drifted, &wanted());
+        assert_eq!(plan.document(TableName::Filter), "*filter\n:K-B - [0:0]\n-A K-B -j K-A\nCOMMIT\n");
+    }
+
+    #[test]
+    fn a_jump_that_lost_its_place_is_moved_back() {
+        let drifted = SETTLED.replace("-A INPUT -j K-A\n", "-A INPUT -j OTHER\n-A INPUT -j K-A\n");
+        let plan = check(&drifted, &wanted());
+        assert_eq!(
+            plan.document(TableName::Filter),
+            "*filter\n-D INPUT -j K-A\n-D INPUT -j K-B\n-I INPUT 1 -j K-B\n-I INPUT 1 -j K-A\nCOMMIT\n"
+        );
+    }
+
+    #[test]
+    fn copies_and_old_jumps_go_and_missing_ones_come() {
+        let drifted = SETTLED
+            .replace("-A OUTPUT -j K-B\n", "")
+            .replace("-A OUTPUT -j OTHER\n", "-A OUTPUT -j OTHER\n-A OUTPUT -s 1.1.1.1/32 -j K-OLD\n")
+            .replace("-A INPUT -s 9", "-A INPUT -j K-A\n-A INPUT -s 9");
+        let plan = check(&drifted, &wanted());
+        assert_eq!(
+            plan.document(TableName::Filter),
+            "*filter\n-D INPUT -j K-A\n-D INPUT -j K-A\n-D INPUT -j K-B\n-I INPUT 1 -j K-B\n-I INPUT 1 -j K-A\n\
+             -D OUTPUT -s 1.1.1.1/32 -j K-OLD\n-A OUTPUT -j K-B\nCOMMIT\n"
+        );
+    }
+
+    #[test]
+    fn everything_of_ours_goes_and_nothing_else() {
+        let plan = check(SETTLED, &Ruleset::default());
+        assert_eq!(
+            plan.document(TableName::Filter),
+            "*filter\n:K-A - [0:0]\n:K-B - [0:0]\n-D INPUT -j K-A\n-D INPUT -j K-B\n-D OUTPUT -j K-B\n\
+             -X K-A\n-X K-B\nCOMMIT\n"
+        );
+        assert!(check("", &Ruleset::default()).is_empty());
+    }
+
+    #[test]
+    fn a_chain_that_a_stranger_leads_to_is_emptied_and_kept() {
+        let held = format!("{SETTLED}-A OTHER -j K-A\n");
+        let plan = check(&held, &Ruleset::default());
+        assert_eq!(plan.held, [chain("K-A")]);
+        assert!(!plan.document(TableName::Filter).contains("-X K-A"));
+        assert!(!plan.document(TableName::Filter).contains("OTHER"));
+        // Once emptied there is nothing left to do.
+        assert!(check(":K-A - [0:0]\n-A OTHER -j K-A\n", &Ruleset::default()).is_empty());
+    }
+
+    #[test]
+    fn what_is_not_ours_is_refused() {
+        let ours = Ours::new(["K-"]);
+        let foreign = Ruleset { chains: BTreeMap::from([(chain("INPUT"), Vec::new())]), jumps: Vec::new() };
+        let found = Found::default();
+        assert!(matches!(plan(&found, &foreign, &ours, Family::V4), Err(PlanError::ForeignChain(_))));
+        let foreign =
+            Ruleset { chains: BTreeMap::new(), jumps: vec![jump(Builtin::Input, "DOCKER", Position::First)] };
+        assert!(matches!(plan(&found, &foreign, &ours, Family::V4), Err(PlanError::ForeignJump(..))));
+    }
+}
