@@ -145,7 +145,8 @@ async fn route(state: Arc<State>, request: Request<Incoming>) -> Result<Response
         }
         ["version"] => return Ok(json_answer(200, &discovery::version(&state.settings.git_version))),
         ["openapi", "v2"] if header(ACCEPT).contains("protobuf") => {
-            let kind = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
+            // '@' is no legal media type, yet what older servers said and clients before 1.22 ask for.
+            let kind = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
             return Ok(respond(200, kind, Bytes::from_static(discovery::OPENAPI_V2_PROTOBUF)));
         }
         ["openapi", "v2"] => return Ok(json_answer(200, &discovery::openapi_v2())),
