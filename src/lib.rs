@@ -7,13 +7,21 @@
 //! - [`proxy`]: Services to IPVS virtual servers, sets, local routes and the proxy firewall.
 //! - [`host`]: this machine's kernel: links, routes, sysctls, conntrack; dump and apply only.
 //! - [`config`]: the command line, as typed values.
+//! - Around the rooms: [`supervise`] (named tasks), [`health`], [`metrics`], [`http`], [`log`],
+//!   [`capabilities`].
 //!
 //! A pass is six words, the same in every room: wake, desired, actual, diff, apply, check.
 //! `desired` and `diff` are pure functions over plain data; only handles touch the kernel.
 
+pub mod capabilities;
 pub mod cluster;
 pub mod config;
 pub mod duration;
+pub mod health;
 pub mod host;
+pub mod http;
+pub mod log;
+pub mod metrics;
 pub mod proxy;
 pub mod report;
+pub mod supervise;
