@@ -483,3 +483,79 @@ impl Waker {
         self.inbox.arrived.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service(name: &str) -> Service {
+        Service {
+            key: ObjectKey::new("shop", name),
+            uid: "u".into(),
+            created: 0,
+            kind: service::ServiceType::ClusterIp,
+            cluster_ips: Vec::new(),
+            external_ips: Vec::new(),
+            load_balancer_ips: Vec::new(),
+            ports: Vec::new(),
+            affinity: None,
+            external_policy: service::TrafficPolicy::Cluster,
+            internal_policy: service::TrafficPolicy::Cluster,
+            health_check_node_port: None,
+            source_ranges: Vec::new(),
+            publish_not_ready: false,
+            annotations: service::Annotations::default(),
+            problems: Vec::new(),
+        }
+    }
+
+    fn taken(subscription: &Subscription) -> Dirty {
+        subscription.wait(Duration::ZERO, Duration::ZERO)
+    }
+
+    #[test]
+    fn only_what_differs_wakes_and_only_its_key() {
+        let cluster = Cluster::new();
+        cluster.apply_service(service("a"));
+        let subscription = cluster.subscribe();
+        assert_eq!(taken(&subscription).services.len(), 1, "what was known before counts as changed");
+        cluster.apply_service(service("a"));
+        assert!(taken(&subscription).is_empty());
+        cluster.apply_service(service("b"));
+        let dirty = taken(&subscription);
+        assert_eq!(dirty.services, BTreeSet::from([ObjectKey::new("shop", "b")]));
+        assert!(dirty.since.is_some());
+        cluster.delete_service(&ObjectKey::new("shop", "gone"));
+        assert!(taken(&subscription).is_empty());
+    }
+
+    #[test]
+    fn early_slices_wait_for_their_service() {
+        let cluster = Cluster::new();
+        let subscription = cluster.subscribe();
+        let key = ObjectKey::new("shop", "a");
+        cluster.apply_slice(key.clone(), "a-1".into(), Slice::default());
+        assert!(taken(&subscription).is_empty(), "nobody serves it yet");
+        cluster.apply_service(service("a"));
+        assert!(taken(&subscription).services.contains(&key));
+        assert_eq!(cluster.read().slices[&key].len(), 1);
+        cluster.delete_slice(&key, "a-1");
+        assert!(taken(&subscription).services.contains(&key));
+        assert!(cluster.read().slices.is_empty());
+    }
+
+    #[test]
+    fn a_kind_is_listed_once_and_a_waker_ends_a_wait() {
+        let cluster = Cluster::new();
+        let subscription = cluster.subscribe();
+        cluster.set_listed(Kind::Service);
+        assert!(taken(&subscription).listed);
+        cluster.set_listed(Kind::Service);
+        assert!(taken(&subscription).is_empty());
+        assert!(!cluster.read().has_listed(&[Kind::Service, Kind::Node]));
+        subscription.waker().wake();
+        let started = Instant::now();
+        assert!(subscription.wait(Duration::from_secs(60), Duration::ZERO).is_empty());
+        assert!(started.elapsed() < Duration::from_secs(10));
+    }
+}

@@ -41,6 +41,8 @@ const STREAM_LIMIT: Duration = Duration::from_secs(120);
 const PAGE_SILENCE: Duration = Duration::from_secs(60);
 /// A kind that the server does not have is asked for again after this: servers are upgraded.
 const ABSENT_DELAY: Duration = Duration::from_secs(600);
+/// After this long without trouble the next retry is a fast one again.
+const QUIET: Duration = Duration::from_secs(60);
 /// An outage is logged when it begins and then this often.
 const SAY_AGAIN: Duration = Duration::from_secs(300);
 
@@ -145,7 +147,7 @@ impl<T: Stored> Watch<T> {
                     next
                 }
                 Ok(None) => Next::Relist,
-                Err(_) if self.streaming() => {
+                Err(_) if self.streaming() && self.phase == Phase::Listing => {
                     tracing::debug!(kind = %T::KIND, "no streaming list came, listing in pages");
                     Next::UsePages
                 }
@@ -257,8 +259,6 @@ impl<T: Stored> Watch<T> {
                     _ => Next::Relist,
                 }
             }
-            // The watcher lists again by itself after 410.
-            Watch::WatchError(status) if status.code == 410 => Next::Resume,
             Watch::WatchError(status) if streamed && matches!(status.code, 400 | 422) => Next::UsePages,
             Watch::WatchError(_) | Watch::NoResourceVersion => Next::Relist,
             // A line that is no JSON was an event, and now it is lost.
@@ -307,26 +307,37 @@ impl<T: Stored> Watch<T> {
 #[derive(Default)]
 struct Outage {
     attempts: u32,
+    last_attempt: Option<Instant>,
     since: Option<Instant>,
     said: Option<Instant>,
 }
 
 impl Outage {
     /// The next delay: doubling, half of it random so that a cluster of nodes does not come back
-    /// as one.
+    /// as one. It falls back only after a quiet minute: a server that answers every list and
+    /// breaks every watch must not be listed ten times a second.
     fn delay(&mut self) -> Duration {
-        let full = FIRST_DELAY.saturating_mul(1 << self.attempts.min(16)).min(MAX_DELAY);
+        if self.last_attempt.is_some_and(|at| at.elapsed() > QUIET) {
+            self.attempts = 0;
+        }
+        let full = self.full_delay();
         self.attempts = self.attempts.saturating_add(1);
         // Each RandomState is seeded anew; no generator is worth a dependency here.
         let random = RandomState::new().hash_one(0u8) % 1000;
-        full.mul_f64(0.5 + f64::from(u32::try_from(random).unwrap_or(0)) / 2000.0)
+        let delay = full.mul_f64(0.5 + f64::from(u32::try_from(random).unwrap_or(0)) / 2000.0);
+        self.last_attempt = Some(Instant::now() + delay);
+        delay
+    }
+
+    fn full_delay(&self) -> Duration {
+        FIRST_DELAY.saturating_mul(1 << self.attempts.min(16)).min(MAX_DELAY)
     }
 
     fn say(&mut self, kind: Kind, error: &str) {
         let now = Instant::now();
-        self.since.get_or_insert(now);
         // A watch that ends and resumes at once is no news.
-        if self.attempts == 0 {
+        if self.since.is_none() {
+            self.since = Some(now);
             tracing::debug!(%kind, error, "watch interrupted");
             return;
         }
@@ -335,12 +346,10 @@ impl Outage {
             return;
         }
         self.said = Some(now);
-        let retry_seconds =
-            FIRST_DELAY.saturating_mul(1 << self.attempts.min(16)).min(MAX_DELAY).as_secs_f64();
         tracing::warn!(
             %kind,
             error,
-            retry_seconds,
+            retry_seconds = self.full_delay().as_secs_f64(),
             "API server unreachable or refusing; kernel state is kept, retrying"
         );
     }
@@ -349,7 +358,7 @@ impl Outage {
         if let (Some(since), Some(_)) = (self.since, self.said) {
             tracing::info!(%kind, seconds = since.elapsed().as_secs(), "API server answers again");
         }
-        *self = Self::default();
+        (self.since, self.said) = (None, None);
     }
 }
 
@@ -367,4 +376,27 @@ fn describe(error: &(dyn std::error::Error + 'static)) -> String {
     }
     text.truncate(text.char_indices().nth(500).map_or(text.len(), |(at, _)| at));
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_are_fast_at_first_and_bounded() {
+        let mut outage = Outage::default();
+        let first = outage.delay();
+        assert!((FIRST_DELAY / 2..=FIRST_DELAY).contains(&first), "{first:?}");
+        let mut total = first;
+        for _ in 0..40 {
+            let delay = outage.delay();
+            assert!(delay <= MAX_DELAY, "{delay:?}");
+            total += delay;
+        }
+        assert!(outage.delay() >= MAX_DELAY / 2);
+        assert!(total > MAX_DELAY * 15);
+        // Good news does not make a flapping server be asked more often.
+        outage.over(Kind::Service);
+        assert!(outage.delay() >= MAX_DELAY / 2);
+    }
 }

@@ -156,3 +156,6 @@ impl<T: ?Sized + std::hash::Hash + Eq> Pool<T> {
         shared
     }
 }
+
+#[cfg(test)]
+mod tests;
