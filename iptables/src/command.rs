@@ -185,27 +185,19 @@ impl Command {
                 Err(error) => passed_over.push(format!("{variant}: {error}")),
             }
         }
-        let (command, reason) = match seen.as_slice() {
-            [] => {
-                return Err(match missing {
-                    Some(missing) if passed_over.len() == 2 && seen.is_empty() && all_missing(family) => {
-                        missing
-                    }
-                    _ => Error::NoVariant { program: program(family), reasons: passed_over },
-                });
-            }
-            [(only, census)] => (only.clone(), if census.hint { Reason::Kubelet } else { Reason::Default }),
-            [(nft, n), (legacy, l), ..] => match (n.hint, l.hint) {
-                (true, false) => (nft.clone(), Reason::Kubelet),
-                (false, true) => (legacy.clone(), Reason::Kubelet),
-                _ if n.rules > l.rules => (nft.clone(), Reason::MoreRules),
-                _ if l.rules > n.rules => (legacy.clone(), Reason::MoreRules),
-                _ => {
-                    let default = prefer.or_else(|| plain_variant(family).ok()).unwrap_or(Variant::Nft);
-                    let chosen = if default == Variant::Nft { nft } else { legacy };
-                    (chosen.clone(), Reason::Default)
-                }
-            },
+        // Only a variant about to be chosen is written to, and only where nothing shows that it works.
+        while let Some((command, _)) = choose(&seen, family, prefer)
+            && seen.iter().any(|(other, census)| *other == command && !census.tables)
+            && let Err(error) = command.probe()
+        {
+            passed_over.push(format!("{}: {error}", command.variant));
+            seen.retain(|(other, _)| *other != command);
+        }
+        let Some((command, reason)) = choose(&seen, family, prefer) else {
+            return Err(match missing {
+                Some(missing) if all_missing(family) => missing,
+                _ => Error::NoVariant { program: program(family), reasons: passed_over },
+            });
         };
         let mixed = seen
             .iter()
@@ -286,15 +278,34 @@ impl Command {
     /// Counts the host's rules, or says why this variant does not work here.
     fn census(&self) -> Result<Census, Error> {
         // Without -t: naming a table would load it, and legacy tables on an nft host are worth avoiding.
-        let census = census(&run(&self.save, &[], "")?);
-        if self.variant == Variant::Nft && !census.tables {
-            // Kernels with nf_tables but without its IPv4 or IPv6 part list nothing and fail on writing
-            // (User-Mode Linux 6.1 of Debian). Nothing is left behind but an empty filter table, which
-            // the first real write would make too.
-            self.restore(&format!("*filter\n:{PROBE} - [0:0]\n-X {PROBE}\nCOMMIT\n"))?;
-        }
-        Ok(census)
+        Ok(census(&run(&self.save, &[], "")?))
     }
+
+    /// Whether the kernel takes what this variant writes. Some kernels have nf_tables without its IPv4 or IPv6
+    /// part: they list nothing and fail on writing (User-Mode Linux 6.1 of Debian). What is left behind is
+    /// an empty filter table, which the first real write would make too.
+    fn probe(&self) -> Result<(), Error> {
+        self.restore(&format!("*filter\n:{PROBE} - [0:0]\n-X {PROBE}\nCOMMIT\n"))
+    }
+}
+
+/// The variant that the host uses, of those that may work.
+fn choose(seen: &[(Command, Census)], family: Family, prefer: Option<Variant>) -> Option<(Command, Reason)> {
+    Some(match seen {
+        [] => return None,
+        [(only, census)] => (only.clone(), if census.hint { Reason::Kubelet } else { Reason::Default }),
+        [(nft, n), (legacy, l), ..] => match (n.hint, l.hint) {
+            (true, false) => (nft.clone(), Reason::Kubelet),
+            (false, true) => (legacy.clone(), Reason::Kubelet),
+            _ if n.rules > l.rules => (nft.clone(), Reason::MoreRules),
+            _ if l.rules > n.rules => (legacy.clone(), Reason::MoreRules),
+            _ => {
+                let default = prefer.or_else(|| plain_variant(family).ok()).unwrap_or(Variant::Nft);
+                let chosen = if default == Variant::Nft { nft } else { legacy };
+                (chosen.clone(), Reason::Default)
+            }
+        },
+    })
 }
 
 const PROBE: &str = "IPTABLES-WRITE-PROBE";
