@@ -20,7 +20,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use ipnet::IpNet;
 use kube::client::ConfigExt;
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::{Kubeconfig, KubeconfigError};
 use tower::{BoxError, ServiceBuilder};
 
 /// Where Kubernetes mounts a Pod's token.
@@ -50,12 +50,12 @@ pub struct Access {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kubeconfig cannot be read or does not make sense.
-    #[error("--kubeconfig={path}: {source}; give the path of a kubeconfig file that this user can read")]
+    #[error("--kubeconfig={path}: {why}; give the path of a kubeconfig file that this user can read")]
     Kubeconfig {
         /// The flag's value.
         path: PathBuf,
-        /// What is wrong with it.
-        source: Box<kube::config::KubeconfigError>,
+        /// What is wrong with it; never its text, which holds secrets.
+        why: String,
     },
     /// The kubeconfig asks for something that is not supported.
     #[error("--kubeconfig={path}: {what}")]
@@ -114,25 +114,26 @@ struct Surroundings {
 
 impl Access {
     /// A client for this access. Does not talk to the server: one that is away is no error here.
+    /// Call it inside a tokio runtime, whose tasks carry the requests.
     ///
     /// # Errors
     /// Only what is wrong with the configuration; retrying does not help.
-    pub async fn client(&self) -> Result<kube::Client, Error> {
+    pub fn client(&self) -> Result<kube::Client, Error> {
         let surroundings = Surroundings {
             service_host: std::env::var("KUBERNETES_SERVICE_HOST").ok(),
             in_pod: Path::new(TOKEN_FILE).exists(),
         };
-        let config = self.config(&surroundings).await?;
+        let config = self.config(&surroundings)?;
         let server = config.cluster_url.to_string();
         tracing::info!(server, "API server");
         connect(config).map_err(|source| Error::Client { server, source: Box::new(source) })
     }
 
-    async fn config(&self, surroundings: &Surroundings) -> Result<kube::Config, Error> {
+    fn config(&self, surroundings: &Surroundings) -> Result<kube::Config, Error> {
         let master =
             self.master.as_deref().filter(|text| !text.is_empty()).map(server_address).transpose()?;
         let mut config = match (&self.kubeconfig, master) {
-            (Some(path), master) => kubeconfig(path, master).await?,
+            (Some(path), master) => kubeconfig(path, master)?,
             (None, Some(server)) => {
                 let mut config = if surroundings.in_pod {
                     // Reads token and CA again as they rotate. The environment's address is not
@@ -170,8 +171,18 @@ impl Access {
     }
 }
 
-async fn kubeconfig(path: &Path, master: Option<Uri>) -> Result<kube::Config, Error> {
-    let failed = |source| Error::Kubeconfig { path: path.to_owned(), source: Box::new(source) };
+fn kubeconfig(path: &Path, master: Option<Uri>) -> Result<kube::Config, Error> {
+    let failed = |error: KubeconfigError| {
+        let why = match &error {
+            // The parser quotes the lines around the mistake, and tokens stand in such lines.
+            KubeconfigError::Parse(mistake) => match mistake.location() {
+                Some(at) => format!("line {} is not what a kubeconfig has there", at.line()),
+                None => "it is not a kubeconfig".to_owned(),
+            },
+            other => other.to_string(),
+        };
+        Error::Kubeconfig { path: path.to_owned(), why }
+    };
     let mut file = Kubeconfig::read_from(path).map_err(failed)?;
     if let Some(server) = &master {
         for cluster in &mut file.clusters {
@@ -180,8 +191,7 @@ async fn kubeconfig(path: &Path, master: Option<Uri>) -> Result<kube::Config, Er
             }
         }
     }
-    let config =
-        kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(failed)?;
+    let config = kube::Config::try_from(file).map_err(failed)?;
     if config.proxy_url.is_some() {
         return Err(Error::Unsupported {
             path: path.to_owned(),
@@ -302,34 +312,34 @@ mod tests {
         assert!(!error.contains("secret"), "{error}");
     }
 
-    #[tokio::test]
-    async fn plain_master_outside_a_pod_is_anonymous() {
-        let config = access(None, Some("http://10.0.0.1:8080")).config(&outside()).await.unwrap();
+    #[test]
+    fn plain_master_outside_a_pod_is_anonymous() {
+        let config = access(None, Some("http://10.0.0.1:8080")).config(&outside()).unwrap();
         assert_eq!(config.cluster_url.to_string(), "http://10.0.0.1:8080/");
         assert_eq!(config.root_cert, Some(Vec::new()));
         assert!(config.auth_info.token_file.is_none());
     }
 
-    #[tokio::test]
-    async fn nothing_given_outside_a_pod_says_what_to_give() {
-        let error = access(None, None).config(&outside()).await.unwrap_err().to_string();
+    #[test]
+    fn nothing_given_outside_a_pod_says_what_to_give() {
+        let error = access(None, None).config(&outside()).unwrap_err().to_string();
         assert!(error.contains("--kubeconfig") && error.contains("--manifests"), "{error}");
     }
 
-    #[tokio::test]
-    async fn our_own_cluster_ip_is_refused_unless_another_address_is_given() {
+    #[test]
+    fn our_own_cluster_ip_is_refused_unless_another_address_is_given() {
         let pod = Surroundings { service_host: Some("10.96.0.1".to_owned()), in_pod: true };
-        let error = access(None, None).config(&pod).await.unwrap_err();
+        let error = access(None, None).config(&pod).unwrap_err();
         assert!(matches!(error, Error::OwnClusterIp { .. }), "{error}");
         assert!(error.to_string().contains("--master=https://"));
         let mut other = access(None, None);
         other.own_cluster_ranges.clear();
         // Without the proxy the address is fine; the missing mount is what is left to complain about.
-        assert!(matches!(other.config(&pod).await, Err(Error::ServiceAccount(_)) | Ok(_)));
+        assert!(matches!(other.config(&pod), Err(Error::ServiceAccount(_)) | Ok(_)));
     }
 
-    #[tokio::test]
-    async fn master_overrides_the_kubeconfig_server() {
+    #[test]
+    fn master_overrides_the_kubeconfig_server() {
         let folder = TempFolder::new("access");
         let path = folder.0.join("config");
         std::fs::write(
@@ -338,33 +348,39 @@ mod tests {
              clusters: [{name: k, cluster: {server: 'https://10.9.9.9:6443'}}]\nusers: [{name: u, user: {token: abc}}]\n",
         )
         .unwrap();
-        let config = access(Some(&path), None).config(&outside()).await.unwrap();
+        let config = access(Some(&path), None).config(&outside()).unwrap();
         assert_eq!(config.cluster_url.to_string(), "https://10.9.9.9:6443/");
-        let config = access(Some(&path), Some("http://127.0.0.1:1")).config(&outside()).await.unwrap();
+        let config = access(Some(&path), Some("http://127.0.0.1:1")).config(&outside()).unwrap();
         assert_eq!(config.cluster_url.to_string(), "http://127.0.0.1:1/");
         assert!(config.auth_info.token.is_some());
     }
 
-    #[tokio::test]
-    async fn bad_kubeconfigs_name_flag_and_path() {
+    #[test]
+    fn bad_kubeconfigs_name_flag_and_path() {
         let folder = TempFolder::new("bad-access");
         let path = folder.0.join("config");
-        let check = async |what: &str| {
-            let error = access(Some(&path), None).config(&outside()).await.unwrap_err().to_string();
+        let check = |what: &str| {
+            let error = access(Some(&path), None).config(&outside()).unwrap_err().to_string();
             assert!(error.contains("--kubeconfig=") && error.contains("config"), "{what}: {error}");
         };
-        check("missing file").await;
+        check("missing file");
         std::fs::write(&path, "{{{").unwrap();
-        check("no YAML").await;
+        check("no YAML");
         std::fs::write(&path, "apiVersion: v1\nkind: Config\n").unwrap();
-        check("empty").await;
+        check("empty");
+        std::fs::write(&path, "users:\n- name: u\n  user:\n    token: {secret: [sesame}\n").unwrap();
+        let error = access(Some(&path), None).config(&outside()).unwrap_err().to_string();
+        assert!(error.contains("line 4") && !error.contains("sesame"), "{error}");
+        std::fs::write(&path, "users:\n- name: u\n  user: sesame\n").unwrap();
+        let error = access(Some(&path), None).config(&outside()).unwrap_err().to_string();
+        assert!(!error.contains("sesame"), "{error}");
         std::fs::write(
             &path,
             "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts: [{name: c, context: {cluster: k, user: u}}]\n\
              clusters: [{name: k, cluster: {server: 'a b c'}}]\nusers: [{name: u, user: {}}]\n",
         )
         .unwrap();
-        check("bad server").await;
+        check("bad server");
     }
 
     use crate::cluster::file::tests::TempFolder;

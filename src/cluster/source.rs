@@ -58,7 +58,7 @@ pub async fn run(
 ) -> Result<(), Error> {
     match source {
         Source::Api(access) => {
-            let client = access.client().await?;
+            let client = access.client()?;
             let watches = watch::watch_all(&client, &cluster, &interests, &reporter);
             futures::future::join(watches, reporter.post_events(client.clone())).await;
             Ok(())

@@ -1,0 +1,65 @@
+//! The watches against the test API server with its controllers, as a daemon meets it.
+
+use std::time::{Duration, Instant};
+
+use ferroute::cluster::{Access, Cluster, Interests, Kind, ObjectKey, Source, State, run};
+use ferroute::report::Reporter;
+use ferroute_apiserver::{ApiServer, NodeSpec};
+
+fn until(what: &str, cluster: &Cluster, condition: impl Fn(&State) -> bool) {
+    let started = Instant::now();
+    while !condition(&cluster.read()) {
+        assert!(
+            started.elapsed() < Duration::from_secs(15),
+            "not seen in 15 s: {what}: {:?}",
+            cluster.watch_health().report()
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_deployment_and_its_service_arrive_and_a_bad_one_is_reported() -> Result<(), Box<dyn std::error::Error>> {
+    let server = ApiServer::builder()
+        .service_cidrs(["10.96.0.0/16".parse()?])
+        .node(NodeSpec::new("n1", ["192.0.2.1".parse()?]))
+        .start()?;
+    server.apply(
+        "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web, namespace: default}\nspec:\n  replicas: 3\n  \
+         selector: {matchLabels: {app: web}}\n  template:\n    metadata: {labels: {app: web}}\n    spec: {containers: \
+         [{name: c, image: x, ports: [{name: http, containerPort: 8080}]}]}\n---\napiVersion: v1\nkind: Service\n\
+         metadata:\n  name: web\n  namespace: default\n  annotations: {kube-router.io/service.scheduler: no such one}\n\
+         spec:\n  selector: {app: web}\n  ports: [{port: 80, targetPort: http}]\n",
+    )?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    let cluster = Cluster::new();
+    let reporter = Reporter::new("n1");
+    let access = Access { master: Some(server.url()), ..Access::default() };
+    let mut interests = Interests::service_proxy("n1");
+    interests.kinds.extend([Kind::Pod, Kind::Namespace, Kind::NetworkPolicy]);
+    runtime.spawn(run(Source::Api(access), cluster.clone(), interests.clone(), reporter.clone()));
+    let key = ObjectKey::new("default", "web");
+    until("everything", &cluster, |state| {
+        let kinds: Vec<Kind> = interests.kinds.iter().copied().collect();
+        let ready = state.slices.get(&key).map_or(0, |slices| {
+            slices.values().flat_map(|slice| &slice.endpoints).filter(|endpoint| endpoint.ready).count()
+        });
+        state.has_listed(&kinds) && state.services.contains_key(&key) && ready == 3 && state.pods.len() == 3
+    });
+    assert!(cluster.read().namespaces.contains_key("default"));
+    assert_eq!(cluster.read().nodes.len(), 1);
+    let current = reporter.current();
+    assert!(current.iter().any(|problem| problem.reason == "UnknownScheduler"), "{current:?}");
+    let started = Instant::now();
+    let event = loop {
+        let events = server.list("events", "default");
+        if let Some(event) = events.iter().find(|event| event["reason"] == "UnknownScheduler") {
+            break event.clone();
+        }
+        assert!(started.elapsed() < Duration::from_secs(10), "no event was posted: {events:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(event["involvedObject"]["name"], "web");
+    assert_eq!(event["source"]["component"], "ferroute");
+    Ok(())
+}
