@@ -256,6 +256,14 @@ impl Command {
         Ok(plan(&self.read(table, ours)?, wanted, ours, self.family)?)
     }
 
+    /// Whether this variant can be read here; writes nothing.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self) -> Result<(), Error> {
+        self.tables().map(drop)
+    }
+
     /// Tables that exist now; asking for another one would make it.
     pub(crate) fn tables(&self) -> Result<Vec<TableName>, Error> {
         let save = run(&self.save, &[], "")?;

@@ -156,7 +156,7 @@ impl Plan {
                 .flat_map(|jump| forms(std::slice::from_ref(&jump.rule), family))
                 .collect()
         };
-        let (first, last) = (of(Position::First), of(Position::Last));
+        let (first, top, last) = (of(Position::First), of(Position::Top), of(Position::Last));
         // Those at the top that are right, in order and without a gap.
         let settled = first
             .iter()
@@ -164,16 +164,18 @@ impl Plan {
             .all(|(at, (_, form))| have.iter().any(|jump| jump.index == at && jump.form == *form));
         let mut remove: Vec<&FoundJump> = Vec::new();
         let mut missing: Vec<&(String, String)> = last.iter().collect();
+        let mut missing_top: Vec<&(String, String)> = top.iter().collect();
         for jump in have {
             let at_top = first.get(jump.index).is_some_and(|(_, form)| *form == jump.form);
             if settled && at_top {
                 continue;
             }
-            match missing.iter().position(|(_, form)| *form == jump.form) {
-                Some(at) => {
-                    missing.remove(at);
-                }
-                None => remove.push(jump),
+            let wanted = [&mut missing_top, &mut missing].into_iter().find_map(|list| {
+                let at = list.iter().position(|(_, form)| *form == jump.form)?;
+                Some(list.remove(at))
+            });
+            if wanted.is_none() {
+                remove.push(jump);
             }
         }
         // `-D` takes away the first equal rule. Equal rules are equal, but a copy further down must not cost
@@ -187,6 +189,10 @@ impl Plan {
         for jump in remove {
             self.lines.push(format!("-D {from} {}", jump.text));
             self.jumps_removed.push(format!("{from}: {}", jump.text));
+        }
+        for (text, _) in missing_top.into_iter().rev() {
+            self.lines.push(format!("-I {from} 1 {text}"));
+            self.jumps_added.push(format!("{from}: {text}"));
         }
         if !settled || copies {
             for (text, _) in first.iter().rev() {
@@ -319,5 +325,26 @@ mod tests {
         let foreign =
             Ruleset { chains: BTreeMap::new(), jumps: vec![jump(Builtin::Input, "DOCKER", Position::First)] };
         assert!(matches!(plan(&found, &foreign, &ours, Family::V4), Err(PlanError::ForeignJump(..))));
+    }
+
+    #[test]
+    fn a_jump_at_the_top_is_put_there_once_and_stays_where_it_is() {
+        let wanted = Ruleset {
+            chains: BTreeMap::from([(chain("K-A"), Vec::new()), (chain("K-B"), Vec::new())]),
+            jumps: vec![
+                jump(Builtin::Input, "K-A", Position::Top),
+                jump(Builtin::Input, "K-B", Position::Top),
+            ],
+        };
+        let chains = ":INPUT ACCEPT [0:0]\n:K-A - [0:0]\n:K-B - [0:0]\n";
+        let plan = check(&format!("{chains}-A INPUT -j ACCEPT\n"), &wanted);
+        assert_eq!(
+            plan.document(TableName::Filter),
+            "*filter\n-I INPUT 1 -j K-B\n-I INPUT 1 -j K-A\nCOMMIT\n"
+        );
+        let moved = "-A INPUT -j OTHER\n-A INPUT -j K-B\n-A INPUT -j K-A\n";
+        assert!(check(&format!("{chains}{moved}"), &wanted).is_empty());
+        let twice = check(&format!("{chains}{moved}-A INPUT -j K-A\n"), &wanted);
+        assert_eq!(twice.jumps_removed, ["INPUT: -j K-A"]);
     }
 }

@@ -115,6 +115,9 @@ pub struct Jump {
 pub enum Position {
     /// Before all others; moved back there when something got in front. Several keep their order.
     First,
+    /// Put in front of all others when missing; not moved when others insert before it, so that two programs
+    /// that both like to be first do not fight.
+    Top,
     /// Appended when missing; not moved when others append behind it.
     Last,
 }
