@@ -1,0 +1,222 @@
+//! Graceful removal: a destination that is no longer wanted keeps weight 0, so that it gets no new
+//! connection, until its connections are gone or its time is up. Time is passed in.
+//!
+//! The kernel itself remembers what drains: a destination that is present but not wanted drains,
+//! also after a restart, when its period starts anew.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ferroute_ipvs as ipvs;
+use foldhash::fast::FixedState;
+
+use crate::cluster::service::Protocol;
+
+/// Destinations that drain.
+#[derive(Debug, Default)]
+pub struct Drains {
+    servers: HashMap<ipvs::VirtualServerKey, HashMap<ipvs::DestinationKey, Draining, FixedState>, FixedState>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Draining {
+    deadline: Instant,
+    quiet: bool,
+}
+
+impl Drains {
+    /// What a virtual server must be right now: the wanted one, plus destinations that still drain.
+    ///
+    /// A virtual server that is not wanted at all goes at once with everything on it. UDP has no
+    /// connection to finish, and the `dh` scheduler keeps sending clients to a destination of
+    /// weight 0 only to refuse them, so neither drains. `period` is `None` where draining is off.
+    pub fn effective(
+        &mut self,
+        key: ipvs::VirtualServerKey,
+        protocol: Option<Protocol>,
+        actual: Option<&Arc<ipvs::VirtualServer>>,
+        wanted: Option<&Arc<ipvs::VirtualServer>>,
+        period: Option<Duration>,
+        now: Instant,
+    ) -> Option<Arc<ipvs::VirtualServer>> {
+        let (Some(wanted), Some(actual), Some(period)) = (wanted, actual, period) else {
+            self.servers.remove(&key);
+            return wanted.cloned();
+        };
+        if protocol == Some(Protocol::Udp) || wanted.scheduler == ipvs::Scheduler::DH {
+            self.servers.remove(&key);
+            return Some(wanted.clone());
+        }
+        // Equal lists are the common case on an audit; both are sorted by key.
+        if Arc::ptr_eq(actual, wanted) {
+            self.servers.remove(&key);
+            return Some(wanted.clone());
+        }
+        let mut draining = self.servers.remove(&key).unwrap_or_default();
+        let mut still = HashMap::default();
+        let mut kept = Vec::new();
+        for destination in &actual.destinations {
+            let destination_key = destination.key();
+            if wanted.destinations.binary_search_by_key(&destination_key, ipvs::Destination::key).is_ok() {
+                continue;
+            }
+            let state = draining
+                .remove(&destination_key)
+                .unwrap_or(Draining { deadline: now + period, quiet: false });
+            if state.quiet || now >= state.deadline {
+                continue;
+            }
+            still.insert(destination_key, state);
+            kept.push(ipvs::Destination { weight: 0, ..*destination });
+        }
+        if kept.is_empty() {
+            return Some(wanted.clone());
+        }
+        self.servers.insert(key, still);
+        let mut options = wanted.options();
+        if wanted.scheduler == ipvs::Scheduler::SH {
+            // Without its fallback flag the sh scheduler refuses clients whose bucket falls on a
+            // destination of weight 0 instead of choosing another.
+            options.flags |= ipvs::Flags::SH_FALLBACK;
+        }
+        kept.extend(wanted.destinations.iter().copied());
+        Some(Arc::new(ipvs::VirtualServer::new(options, kept)))
+    }
+
+    /// Virtual servers with destinations that drain.
+    pub fn servers(&self) -> Vec<ipvs::VirtualServerKey> {
+        self.servers.keys().copied().collect()
+    }
+
+    /// Number of destinations that drain.
+    pub fn len(&self) -> usize {
+        self.servers.values().map(HashMap::len).sum()
+    }
+
+    /// Whether nothing drains.
+    pub fn is_empty(&self) -> bool {
+        self.servers.is_empty()
+    }
+
+    /// Notes that a draining destination has no connection left.
+    pub fn set_quiet(&mut self, server: &ipvs::VirtualServerKey, destination: &ipvs::DestinationKey) {
+        if let Some(state) = self.servers.get_mut(server).and_then(|known| known.get_mut(destination)) {
+            state.quiet = true;
+        }
+    }
+
+    /// Whether any draining destination of a server is quiet or out of time.
+    pub fn is_due(&self, server: &ipvs::VirtualServerKey, now: Instant) -> bool {
+        self.servers
+            .get(server)
+            .is_some_and(|known| known.values().any(|state| state.quiet || now >= state.deadline))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PERIOD: Option<Duration> = Some(Duration::from_secs(30));
+
+    fn server(scheduler: ipvs::Scheduler, destinations: &[(u8, u32)]) -> Arc<ipvs::VirtualServer> {
+        let list = destinations
+            .iter()
+            .map(|(host, weight)| ipvs::Destination::masquerade([10, 0, 0, *host].into(), 80, *weight))
+            .collect();
+        let options = ipvs::Options {
+            scheduler,
+            flags: ipvs::Flags::NONE,
+            timeout: 0,
+            netmask: ipvs::Netmask::host(ipvs::Family::V4),
+        };
+        Arc::new(ipvs::VirtualServer::new(options, list))
+    }
+
+    fn key() -> ipvs::VirtualServerKey {
+        ipvs::VirtualServerKey::Address {
+            protocol: ipvs::Protocol::Tcp,
+            address: [10, 96, 0, 1].into(),
+            port: 80,
+        }
+    }
+
+    fn weights(server: &ipvs::VirtualServer) -> Vec<(String, u32)> {
+        server.destinations.iter().map(|d| (d.key().address.to_string(), d.weight)).collect()
+    }
+
+    #[test]
+    fn removed_destination_drains_until_its_deadline() {
+        let mut drains = Drains::default();
+        let now = Instant::now();
+        let actual = server(ipvs::Scheduler::RR, &[(1, 1), (2, 1)]);
+        let wanted = server(ipvs::Scheduler::RR, &[(1, 1)]);
+        let tcp = Some(Protocol::Tcp);
+        let draining = drains.effective(key(), tcp, Some(&actual), Some(&wanted), PERIOD, now).unwrap();
+        assert_eq!(weights(&draining), [("10.0.0.1".into(), 1), ("10.0.0.2".into(), 0)]);
+        assert!(!drains.is_due(&key(), now) && drains.len() == 1);
+        let later = now + Duration::from_secs(30);
+        assert!(drains.is_due(&key(), later));
+        let done = drains.effective(key(), tcp, Some(&draining), Some(&wanted), PERIOD, later).unwrap();
+        assert_eq!(weights(&done), [("10.0.0.1".into(), 1)]);
+        assert!(drains.is_empty());
+    }
+
+    #[test]
+    fn returning_destination_cancels_its_drain() {
+        let mut drains = Drains::default();
+        let now = Instant::now();
+        let both = server(ipvs::Scheduler::RR, &[(1, 1), (2, 1)]);
+        let one = server(ipvs::Scheduler::RR, &[(1, 1)]);
+        let draining =
+            drains.effective(key(), Some(Protocol::Tcp), Some(&both), Some(&one), PERIOD, now).unwrap();
+        let back =
+            drains.effective(key(), Some(Protocol::Tcp), Some(&draining), Some(&both), PERIOD, now).unwrap();
+        assert_eq!(back, both);
+        assert!(drains.is_empty());
+        // Its next drain has the whole period again.
+        let again = now + Duration::from_secs(40);
+        drains.effective(key(), Some(Protocol::Tcp), Some(&both), Some(&one), PERIOD, again).unwrap();
+        assert!(!drains.is_due(&key(), again + Duration::from_secs(29)));
+    }
+
+    #[test]
+    fn quiet_destination_goes_before_its_deadline() {
+        let mut drains = Drains::default();
+        let now = Instant::now();
+        let both = server(ipvs::Scheduler::RR, &[(1, 1), (2, 1)]);
+        let one = server(ipvs::Scheduler::RR, &[(1, 1)]);
+        let tcp = Some(Protocol::Tcp);
+        let draining = drains.effective(key(), tcp, Some(&both), Some(&one), PERIOD, now).unwrap();
+        drains.set_quiet(&key(), &draining.destinations[1].key());
+        assert!(drains.is_due(&key(), now));
+        let done = drains.effective(key(), tcp, Some(&draining), Some(&one), PERIOD, now).unwrap();
+        assert_eq!(done, one);
+    }
+
+    #[test]
+    fn udp_dh_and_switched_off_do_not_drain_and_sh_falls_back() {
+        let now = Instant::now();
+        for (scheduler, protocol, period) in [
+            (ipvs::Scheduler::RR, Protocol::Udp, PERIOD),
+            (ipvs::Scheduler::DH, Protocol::Tcp, PERIOD),
+            (ipvs::Scheduler::RR, Protocol::Tcp, None),
+        ] {
+            let both = server(scheduler, &[(1, 1), (2, 1)]);
+            let one = server(scheduler, &[(1, 1)]);
+            let mut drains = Drains::default();
+            assert_eq!(
+                drains.effective(key(), Some(protocol), Some(&both), Some(&one), period, now).unwrap(),
+                one
+            );
+            assert!(drains.is_empty());
+        }
+        let both = server(ipvs::Scheduler::SH, &[(1, 1), (2, 1)]);
+        let one = server(ipvs::Scheduler::SH, &[(1, 1)]);
+        let mut drains = Drains::default();
+        let draining =
+            drains.effective(key(), Some(Protocol::Sctp), Some(&both), Some(&one), PERIOD, now).unwrap();
+        assert!(draining.flags.contains(ipvs::Flags::SH_FALLBACK));
+    }
+}

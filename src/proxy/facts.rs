@@ -1,0 +1,131 @@
+//! What the Service room must know about this node: its addresses, zone, pod networks and the
+//! service ranges that are certain. Gathered from the Node object and the host; pure data.
+
+use std::collections::{BTreeSet, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::settings::Settings;
+use crate::cluster::State;
+
+/// This node, as far as Services care.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Node name; endpoints with this `nodeName` are local.
+    pub name: Arc<str>,
+    /// `topology.kubernetes.io/zone`, for hints.
+    pub zone: Option<Arc<str>>,
+    /// Best IPv4 address: source of masqueraded traffic, default NodePort address.
+    pub ipv4: Option<IpAddr>,
+    /// Best IPv6 address.
+    pub ipv6: Option<IpAddr>,
+    /// Whether this kernel speaks IPv6 at all.
+    pub kernel_ipv6: bool,
+    /// Addresses NodePorts are served on.
+    pub node_port_addresses: Vec<IpAddr>,
+    /// All addresses of links that are not dummy, kube or docker ones: daemons of the host listen
+    /// there, so the proxy firewall never rejects on them.
+    pub local_addresses: BTreeSet<IpAddr>,
+    /// Addresses of every Node of the cluster: never bound as a VIP, that would cut the node off.
+    pub cluster_addresses: HashSet<IpAddr>,
+    /// Pod networks of this node: their members are local clients.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Service ranges known to be true (given by flag, or ServiceCIDR objects): bound whole.
+    pub bound_ranges: Vec<IpNet>,
+    /// Service ranges for refusing external IPs inside them: the bound ones or the default guess.
+    pub cluster_ranges: Vec<IpNet>,
+}
+
+impl Facts {
+    /// Gathers the facts; `host` are the addresses of links that are not dummy, kube or docker ones. Without a Node object (a folder of manifests need not have one, and cloud
+    /// providers add addresses late) the host's own first global addresses stand in.
+    pub fn gather(settings: &Settings, state: &State, host: &[IpAddr], kernel_ipv6: bool) -> Self {
+        let node = state.nodes.get(&settings.node_name);
+        let local_addresses: BTreeSet<IpAddr> = host.iter().copied().collect();
+        let best = |ipv6: bool| {
+            node.and_then(|node| node.address(ipv6)).or_else(|| {
+                // With a Node object only its own addresses count, so that a family the cluster
+                // does not use stays unused.
+                if node.is_some_and(|node| !node.internal_ips.is_empty() || !node.external_ips.is_empty()) {
+                    return None;
+                }
+                host.iter().copied().find(|address| address.is_ipv6() == ipv6 && is_global(*address))
+            })
+        };
+        let (ipv4, ipv6) = (best(false), best(true));
+        let node_port_addresses = if settings.node_port_on_all_addresses {
+            local_addresses.iter().copied().filter(|address| is_global(*address)).collect()
+        } else {
+            ipv4.into_iter().chain(ipv6).collect()
+        };
+        let mut known: Vec<IpNet> = state.service_cidrs.values().flatten().copied().collect();
+        if settings.cluster_ip_ranges_given {
+            known.extend(&settings.cluster_ip_ranges);
+        }
+        known.sort();
+        known.dedup();
+        let cluster_addresses: HashSet<IpAddr> = state
+            .nodes
+            .values()
+            .flat_map(|node| node.internal_ips.iter().chain(&node.external_ips))
+            .copied()
+            .collect();
+        // A range that covers an address of a node or of this host cannot be a pure service range:
+        // binding it whole would cut real machines off. Its VIPs are bound one by one instead.
+        let bound_ranges = known
+            .iter()
+            .filter(|range| {
+                range.prefix_len() > 0
+                    && !local_addresses
+                        .iter()
+                        .chain(&cluster_addresses)
+                        .any(|address| range.contains(address))
+            })
+            .copied()
+            .collect();
+        Self {
+            name: settings.node_name.clone(),
+            zone: node.and_then(|node| node.zone.clone()),
+            ipv4,
+            ipv6,
+            kernel_ipv6,
+            node_port_addresses,
+            local_addresses,
+            cluster_addresses,
+            pod_cidrs: node.map(|node| node.pod_cidrs.clone()).unwrap_or_default(),
+            bound_ranges,
+            cluster_ranges: if known.is_empty() { settings.cluster_ip_ranges.clone() } else { known },
+        }
+    }
+
+    /// Best node address of a family.
+    pub fn address(&self, ipv6: bool) -> Option<IpAddr> {
+        if ipv6 { self.ipv6 } else { self.ipv4 }
+    }
+
+    /// Whether an address lies in a service range that is bound as a whole.
+    pub fn in_bound_range(&self, address: IpAddr) -> bool {
+        self.bound_ranges.iter().any(|range| range.contains(&address))
+    }
+
+    /// Whether an address lies in a pod network of this node.
+    pub fn is_local_pod(&self, address: IpAddr) -> bool {
+        self.pod_cidrs.iter().any(|cidr| cidr.contains(&address))
+    }
+
+    /// Whether a VIP needs a route of its own: not an address of a machine, not in a bound range.
+    pub fn needs_binding(&self, vip: IpAddr) -> bool {
+        !self.in_bound_range(vip)
+            && !self.local_addresses.contains(&vip)
+            && !self.cluster_addresses.contains(&vip)
+    }
+}
+
+fn is_global(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local() && !v4.is_unspecified(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local() && !v6.is_unspecified(),
+    }
+}

@@ -1,0 +1,154 @@
+//! When to look at the kernel again: a full audit each period, cheap ones in between, and soon
+//! after anything failed. Time is passed in.
+//!
+//! A cheap audit may cost a twentieth of a percent of one core, so its interval follows what it
+//! cost last time: a second on a small node, minutes where a hundred thousand destinations must be
+//! read.
+
+use std::time::{Duration, Instant};
+
+/// Shortest interval between cheap audits.
+const SHORTEST: Duration = Duration::from_secs(1);
+/// Share of one core that audits of one kind may take: 1 in this many.
+const SHARE: u32 = 2000;
+/// First and last delay after a failure.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+
+/// What is due.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Due {
+    /// Virtual servers, sets and routes.
+    pub tables: bool,
+    /// Routes alone (a network event spoke of them).
+    pub routes: bool,
+    /// Chains and jumps.
+    pub rules: bool,
+}
+
+/// The room's timers.
+#[derive(Debug)]
+pub struct Schedule {
+    period: Duration,
+    tables: Instant,
+    rules: Instant,
+    routes: Option<Instant>,
+    retry: Option<Instant>,
+    delay: Duration,
+}
+
+impl Schedule {
+    /// Timers with this period for full audits; the first is a period away.
+    pub fn new(period: Duration, now: Instant) -> Self {
+        let next = now + period.min(SHORTEST);
+        Self { period, tables: next, rules: now + period, routes: None, retry: None, delay: RETRY.0 }
+    }
+
+    /// When something is due next.
+    pub fn next_due(&self) -> Instant {
+        [self.tables, self.rules]
+            .into_iter()
+            .chain(self.routes)
+            .chain(self.retry)
+            .min()
+            .unwrap_or(self.tables)
+    }
+
+    /// What is due now; it counts as done until asked for again.
+    pub fn take_due(&mut self, now: Instant) -> Option<Due> {
+        let retry = self.retry.take_if(|retry| *retry <= now).is_some();
+        let due = Due {
+            tables: retry || self.tables <= now,
+            routes: self.routes.take_if(|routes| *routes <= now).is_some(),
+            rules: retry || self.rules <= now,
+        };
+        if due.tables {
+            self.tables = now + self.period;
+        }
+        if due.rules {
+            self.rules = now + self.period;
+        }
+        (due != Due::default()).then_some(due)
+    }
+
+    /// Looks at routes soon; a burst of network events is one look.
+    pub fn request_routes(&mut self, now: Instant) {
+        self.routes.get_or_insert(now + Duration::from_millis(50));
+    }
+
+    /// Audits everything at once.
+    pub fn request_full(&mut self, now: Instant) {
+        self.tables = now;
+    }
+
+    /// What the last look at the tables cost: sets the time of the next.
+    pub fn tables_cost(&mut self, cost: Duration) {
+        self.tables = self.tables.min(Instant::now() + affordable(cost).min(self.period));
+    }
+
+    /// What the last look at the rules cost.
+    pub fn rules_cost(&mut self, cost: Duration) {
+        self.rules = self.rules.min(Instant::now() + affordable(cost).min(self.period));
+    }
+
+    /// A pass failed: everything is compared again after a growing delay, which is returned.
+    pub fn failed(&mut self, now: Instant) -> Duration {
+        let delay = self.delay;
+        self.retry = Some(now + delay);
+        self.delay = (self.delay * 2).min(RETRY.1);
+        delay
+    }
+
+    /// A pass was clean: the next failure is retried quickly again.
+    pub fn succeeded(&mut self) {
+        self.delay = RETRY.0;
+        self.retry = None;
+    }
+}
+
+fn affordable(cost: Duration) -> Duration {
+    (cost * SHARE).max(SHORTEST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_back_off_and_success_resets() {
+        let now = Instant::now();
+        let mut schedule = Schedule::new(Duration::from_secs(300), now);
+        assert_eq!(schedule.failed(now), Duration::from_millis(100));
+        assert_eq!(schedule.failed(now), Duration::from_millis(200));
+        for _ in 0..20 {
+            schedule.failed(now);
+        }
+        assert_eq!(schedule.failed(now), Duration::from_secs(30));
+        schedule.succeeded();
+        assert_eq!(schedule.failed(now), Duration::from_millis(100));
+        let due = schedule.take_due(now + Duration::from_millis(100)).unwrap();
+        assert!(due.tables && due.rules);
+    }
+
+    #[test]
+    fn dear_audits_are_rare_and_cheap_ones_frequent() {
+        let now = Instant::now();
+        let mut schedule = Schedule::new(Duration::from_secs(300), now);
+        assert!(schedule.take_due(now + SHORTEST).unwrap().tables);
+        schedule.tables_cost(Duration::from_micros(100));
+        assert!(schedule.next_due() <= Instant::now() + Duration::from_secs(1));
+        schedule.take_due(Instant::now() + Duration::from_secs(2));
+        schedule.tables_cost(Duration::from_millis(80));
+        assert!(schedule.next_due() > Instant::now() + Duration::from_secs(150));
+    }
+
+    #[test]
+    fn route_events_are_gathered() {
+        let now = Instant::now();
+        let mut schedule = Schedule::new(Duration::from_secs(300), now);
+        schedule.request_routes(now);
+        schedule.request_routes(now + Duration::from_millis(40));
+        let due = schedule.take_due(now + Duration::from_millis(50)).unwrap();
+        assert_eq!(due, Due { tables: false, routes: true, rules: false });
+        assert_eq!(schedule.take_due(now + Duration::from_millis(51)), None);
+    }
+}
