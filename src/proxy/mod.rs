@@ -1,3 +1,68 @@
 //! The pass for Services: Services and endpoints to what the kernel must hold.
+//!
+//! - [`desired`], [`eligible`]: one Service to frontends, virtual servers and set entries. Pure.
+//! - [`ledger`]: all Services together, one change at a time. Pure.
+//! - [`mirror`]: the kernel as last known, and the difference. Pure.
+//! - [`drain`]: graceful removal, time passed in. Pure.
+//! - [`rules`], [`sets`], [`marks`]: the constant chains, the sets they name, the marks. Pure.
+//! - [`room`]: the thread that wakes, compares and applies through [`kernel`].
 
+mod chains;
+pub mod desired;
+pub mod drain;
+pub mod eligible;
+mod error;
+pub mod facts;
+#[cfg(test)]
+mod fixture;
+mod healthcheck;
+mod kernel;
+pub mod ledger;
+pub mod marks;
+pub mod metrics;
+pub mod mirror;
+mod removal;
+mod room;
+pub mod rules;
+mod schedule;
+pub mod sets;
 pub mod settings;
+pub mod status;
+mod view;
+
+use std::collections::BTreeSet;
+
+pub use error::Error;
+pub use removal::{Cleanup, cleanup};
+pub use room::Room;
+pub use settings::Settings;
+pub use status::Status;
+pub use view::{Health, View};
+
+use crate::cluster::Cluster;
+
+/// What a pass would write now, without writing: reads the kernel once and compares.
+pub fn plan(settings: &Settings, cluster: &Cluster) -> Result<Status, Error> {
+    let mut kernel = kernel::Kernel::open_to_read()?;
+    let mut ledger = ledger::Ledger::new(kernel.families());
+    let host = kernel.host_addresses()?;
+    let facts = {
+        let state = cluster.read();
+        let facts = facts::Facts::gather(settings, &state, &host, kernel.has_ipv6());
+        ledger.put_node(&facts);
+        for (key, service) in &state.services {
+            let slices = state.slices.get(key);
+            let wanted = desired::desired(service, slices, &facts, settings, &BTreeSet::new());
+            ledger.put(key, Some(wanted));
+        }
+        facts
+    };
+    Ok(Status::gather(
+        settings,
+        &facts,
+        &ledger,
+        &mut drain::Drains::default(),
+        &mut kernel,
+        &mirror::Mirror::default(),
+    ))
+}

@@ -1,0 +1,224 @@
+//! The Service room's metrics in Prometheus text format.
+//!
+//! Series per Service are written straight from the kernel's counters at scrape time: they cannot
+//! drift, and ten thousand of them cost a few milliseconds. Names are kube-router's, and
+//! kube-proxy's where the meaning is the same.
+
+use std::fmt::{Display, Write};
+use std::net::IpAddr;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use ferroute_ipvs as ipvs;
+
+use super::view::{Health, Numbers, lock};
+use crate::cluster::ServiceKey;
+use crate::cluster::service::Protocol;
+
+/// Upper bounds in seconds: fine where one change is, coarse where a cold start is.
+const BOUNDS: [f64; 16] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+/// A histogram of durations.
+#[derive(Clone, Debug, Default)]
+pub struct Histogram {
+    buckets: [u64; BOUNDS.len()],
+    count: u64,
+    sum: f64,
+}
+
+impl Histogram {
+    /// Counts one duration.
+    pub fn observe(&mut self, duration: Duration) {
+        let seconds = duration.as_secs_f64();
+        self.count += 1;
+        self.sum += seconds;
+        if let Some(index) = BOUNDS.iter().position(|bound| seconds <= *bound) {
+            self.buckets[index] += 1;
+        }
+    }
+
+    fn write(&self, out: &mut String, name: &str, help: &str) {
+        head(out, name, "histogram", help);
+        let mut total = 0;
+        for (bound, count) in BOUNDS.iter().zip(self.buckets) {
+            total += count;
+            line(out, &format!("{name}_bucket"), &format!("{{le=\"{bound}\"}}"), total);
+        }
+        line(out, &format!("{name}_bucket"), "{le=\"+Inf\"}", self.count);
+        line(out, &format!("{name}_sum"), "", self.sum);
+        line(out, &format!("{name}_count"), "", self.count);
+    }
+}
+
+/// Counters of one frontend of a Service, as the kernel has them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServiceStatistics {
+    /// The Service.
+    pub service: ServiceKey,
+    /// Address clients speak to.
+    pub vip: IpAddr,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port clients speak to.
+    pub port: u16,
+    /// Counters and rates.
+    pub stats: ipvs::Statistics,
+}
+
+pub(super) fn write(out: &mut String, numbers: &Numbers, health: &Health, services: &[ServiceStatistics]) {
+    let load = |number: &std::sync::atomic::AtomicU64| number.load(Ordering::Relaxed);
+    let mut single = |name: &str, kind: &str, help: &str, value: &dyn Display| {
+        head(out, name, kind, help);
+        line(out, name, "", value);
+    };
+    single(
+        "kube_router_controller_ipvs_services",
+        "gauge",
+        "Number of IPVS virtual servers that should exist",
+        &load(&numbers.virtual_servers),
+    );
+    single(
+        "ferroute_ipvs_draining_destinations",
+        "gauge",
+        "Destinations at weight 0 that finish their connections",
+        &load(&numbers.draining),
+    );
+    single(
+        "ferroute_proxy_drift_repaired_total",
+        "counter",
+        "Kernel objects that differed from what was programmed and were put right",
+        &load(&numbers.drift),
+    );
+    single(
+        "ferroute_proxy_udp_flows_expired_total",
+        "counter",
+        "Tracked UDP flows deleted because their endpoint is gone",
+        &load(&numbers.expired_flows),
+    );
+    single(
+        "ferroute_proxy_passes_total",
+        "counter",
+        "Passes after which the kernel held all that was wanted",
+        &health.passes,
+    );
+    single(
+        "ferroute_proxy_pass_failures_total",
+        "counter",
+        "Passes that left something undone",
+        &health.failures,
+    );
+    single(
+        "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
+        "gauge",
+        "Unix time of the last clean pass",
+        &(load(&numbers.last_clean_unix_ms) as f64 / 1000.0),
+    );
+    let passes = lock(&numbers.passes).clone();
+    passes.write(
+        out,
+        "kube_router_controller_ipvs_services_sync_time",
+        "Time of one pass over changed or all Services in seconds",
+    );
+    passes.write(
+        out,
+        "kubeproxy_sync_proxy_rules_duration_seconds",
+        "Time of one pass over changed or all Services in seconds",
+    );
+    lock(&numbers.latency).write(
+        out,
+        "kubeproxy_network_programming_duration_seconds",
+        "Time from the decoding of a change to the kernel's last acknowledgement in seconds",
+    );
+    write_services(out, services);
+}
+
+type Field = (&'static str, &'static str, &'static str, fn(&ipvs::Statistics) -> u64);
+
+const FIELDS: [Field; 10] = [
+    ("service_total_connections", "counter", "Connections", |s| s.connections),
+    ("service_packets_in", "counter", "Incoming packets", |s| s.incoming_packets),
+    ("service_packets_out", "counter", "Outgoing packets", |s| s.outgoing_packets),
+    ("service_bytes_in", "counter", "Incoming bytes", |s| s.incoming_bytes),
+    ("service_bytes_out", "counter", "Outgoing bytes", |s| s.outgoing_bytes),
+    ("service_pps_in", "gauge", "Incoming packets per second", |s| s.incoming_packets_rate),
+    ("service_pps_out", "gauge", "Outgoing packets per second", |s| s.outgoing_packets_rate),
+    ("service_cps", "gauge", "Connections per second", |s| s.connections_rate),
+    ("service_bps_in", "gauge", "Incoming bytes per second", |s| s.incoming_bytes_rate),
+    ("service_bps_out", "gauge", "Outgoing bytes per second", |s| s.outgoing_bytes_rate),
+];
+
+fn write_services(out: &mut String, services: &[ServiceStatistics]) {
+    let labels: Vec<String> = services
+        .iter()
+        .map(|s| {
+            format!(
+                "{{svc_namespace=\"{}\",service_name=\"{}\",service_vip=\"{}\",protocol=\"{}\",port=\"{}\"}}",
+                escape(&s.service.namespace),
+                escape(&s.service.name),
+                s.vip,
+                s.protocol.to_string().to_lowercase(),
+                s.port
+            )
+        })
+        .collect();
+    for (name, kind, help, field) in FIELDS {
+        let name = format!("kube_router_{name}");
+        head(out, &name, kind, help);
+        for (service, labels) in services.iter().zip(&labels) {
+            line(out, &name, labels, field(&service.stats));
+        }
+    }
+}
+
+fn head(out: &mut String, name: &str, kind: &str, help: &str) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+}
+
+fn line(out: &mut String, name: &str, labels: &str, value: impl Display) {
+    let _ = writeln!(out, "{name}{labels} {value}");
+}
+
+/// Label values as the text format wants them.
+fn escape(text: &str) -> String {
+    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_cumulative_and_labels_escaped() {
+        let mut histogram = Histogram::default();
+        for ms in [0, 3, 3, 200_000] {
+            histogram.observe(Duration::from_millis(ms));
+        }
+        let mut out = String::new();
+        histogram.write(&mut out, "x", "help");
+        assert!(
+            out.contains("x_bucket{le=\"0.0005\"} 1\n") && out.contains("x_bucket{le=\"0.005\"} 3\n"),
+            "{out}"
+        );
+        assert!(out.contains("x_bucket{le=\"+Inf\"} 4\n") && out.contains("x_count 4\n"), "{out}");
+        let mut out = String::new();
+        write_services(
+            &mut out,
+            &[ServiceStatistics {
+                service: ServiceKey::new("a\"b", "c"),
+                vip: [10, 0, 0, 1].into(),
+                protocol: Protocol::Udp,
+                port: 53,
+                stats: ipvs::Statistics { connections: 7, ..ipvs::Statistics::default() },
+            }],
+        );
+        assert!(
+            out.contains(
+                "kube_router_service_total_connections{svc_namespace=\"a\\\"b\",service_name=\"c\",\
+                 service_vip=\"10.0.0.1\",protocol=\"udp\",port=\"53\"} 7\n"
+            ),
+            "{out}"
+        );
+    }
+}

@@ -1,0 +1,600 @@
+//! The Service room's thread: wakes, computes, compares, applies, checks.
+//!
+//! It alone writes the kernel tables of Services. An event narrows a pass to the keys it touches;
+//! an audit reads the kernel back and compares everything. Both run the same code.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use ferroute_ipvs as ipvs;
+
+use super::drain::Drains;
+use super::error::Error;
+use super::facts::Facts;
+use super::healthcheck::HealthServers;
+use super::kernel::Kernel;
+use super::ledger::{Ledger, Touched};
+use super::mirror::{self, Changes, Mirror, Scope};
+use super::schedule::Schedule;
+use super::settings::Settings;
+use super::status::Status;
+use super::view::{Request, Shared, View};
+use crate::cluster::service::{Problem, Protocol};
+use crate::cluster::{Dirty, Kind, ServiceKey, Subscription};
+use crate::host::conntrack::RemovedEndpoint;
+use crate::report::Reporter;
+
+/// Services taken per step: bounds the memory of a cold start and lets it begin serving at once.
+const STEP: usize = 512;
+/// How often draining destinations are looked at.
+const DRAIN_TICK: Duration = Duration::from_secs(1);
+/// Longest sleep: the loop turns at least so often, which is what liveness means.
+const LONGEST_SLEEP: Duration = Duration::from_secs(5);
+/// Kinds without which nothing may be decided.
+const NEEDED: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Node];
+
+/// The Service room. [`Room::run`] is its thread.
+pub struct Room {
+    settings: Settings,
+    subscription: Subscription,
+    reporter: Reporter,
+    shared: Arc<Shared>,
+    requests: Receiver<Request>,
+    kernel: Kernel,
+    facts: Facts,
+    ledger: Ledger,
+    mirror: Mirror,
+    drains: Drains,
+    next_drain_tick: Option<Instant>,
+    missing_schedulers: BTreeSet<Box<str>>,
+    health_servers: HealthServers,
+    health: BTreeMap<ServiceKey, (u16, usize)>,
+    /// Services of which something was refused by the kernel, until the next clean pass.
+    troubled: BTreeSet<ServiceKey>,
+    /// Changes taken from the cluster that no pass has applied yet.
+    pending: Dirty,
+    schedule: Schedule,
+    /// The kernel has been read and compared once since every watch listed.
+    adopted: bool,
+}
+
+impl Room {
+    /// Opens the kernel handles and prepares the kernel (dummy link, sysctls, IPVS timeouts). Must
+    /// be called inside a tokio runtime: the health check servers run there.
+    pub fn open(
+        settings: Settings,
+        subscription: Subscription,
+        reporter: Reporter,
+    ) -> Result<(Self, View), Error> {
+        let runtime = tokio::runtime::Handle::try_current().map_err(|_| Error::Runtime)?;
+        let (view, shared, requests) = View::new(subscription.waker());
+        let kernel = Kernel::open(&settings, view.waker())?;
+        let ledger = Ledger::new(kernel.families());
+        let schedule = Schedule::new(settings.audit_period, Instant::now());
+        let room = Self {
+            settings,
+            subscription,
+            reporter: reporter.room("proxy"),
+            shared,
+            requests,
+            kernel,
+            facts: Facts::default(),
+            ledger,
+            mirror: Mirror::default(),
+            drains: Drains::default(),
+            next_drain_tick: None,
+            missing_schedulers: BTreeSet::new(),
+            health_servers: HealthServers::new(runtime),
+            health: BTreeMap::new(),
+            troubled: BTreeSet::new(),
+            pending: Dirty::default(),
+            schedule,
+            adopted: false,
+        };
+        Ok((room, view))
+    }
+
+    /// Runs until [`View::stop`]. Kernel state stays as it is: the data plane outlives the daemon.
+    pub fn run(mut self) -> Result<(), Error> {
+        loop {
+            let now = Instant::now();
+            let due = self.next_drain_tick.into_iter().chain([self.schedule.next_due()]).min();
+            let sleep =
+                due.map_or(LONGEST_SLEEP, |due| due.saturating_duration_since(now)).min(LONGEST_SLEEP);
+            let dirty = self.subscription.wait(sleep, Duration::ZERO);
+            self.shared.turned();
+            if self.shared.is_stopping() {
+                return Ok(());
+            }
+            merge(&mut self.pending, dirty);
+            self.answer_requests();
+            if !self.subscription.cluster().read().has_listed(&NEEDED) {
+                // Nothing is decided on an incomplete view; the kernel keeps what it has.
+                continue;
+            }
+            self.turn();
+        }
+    }
+
+    /// One turn: what is pending, what drains, what is due.
+    fn turn(&mut self) {
+        let started = Instant::now();
+        let host_changed = self.kernel.take_host_changes();
+        let mut clean = true;
+        let mut worked = false;
+
+        if host_changed.routes {
+            self.schedule.request_routes(started);
+        }
+        if !self.adopted
+            || host_changed.addresses
+            || !self.pending.nodes.is_empty()
+            || self.pending.service_cidrs
+        {
+            worked = true;
+            clean &= self.refresh_facts();
+        }
+        if !self.adopted {
+            clean &= self.read_kernel();
+            if !clean {
+                self.fail(started);
+                return;
+            }
+        }
+        let dirty = std::mem::take(&mut self.pending);
+        if !dirty.services.is_empty() {
+            worked = true;
+            clean &= self.take_services(&dirty);
+        }
+        if self.next_drain_tick.is_some_and(|tick| tick <= started) {
+            clean &= self.tick_drains();
+        }
+        if !self.adopted {
+            // What was in the kernel before and nobody wants is removed only now that every
+            // Service is known.
+            clean &= self.pass(&Scope::All);
+            clean &= self.sync_rules(true);
+            self.adopted = clean;
+        } else if let Some(audit) = self.schedule.take_due(Instant::now()) {
+            worked = true;
+            clean &= self.audit(audit);
+        }
+        self.next_drain_tick = (!self.drains.is_empty())
+            .then(|| self.next_drain_tick.filter(|tick| *tick > started).unwrap_or(started + DRAIN_TICK));
+        if !worked && self.adopted && clean {
+            return;
+        }
+        if clean {
+            let healed: Vec<ServiceKey> = std::mem::take(&mut self.troubled).into_iter().collect();
+            self.report(&healed);
+            self.schedule.succeeded();
+            self.shared.passed(started, dirty.since, self.ledger.servers().len(), self.drains.len());
+        } else {
+            self.fail(started);
+        }
+    }
+
+    fn fail(&mut self, started: Instant) {
+        let retry = self.schedule.failed(Instant::now());
+        self.shared.failed(started);
+        tracing::warn!(retry_in = ?retry, "Service pass incomplete, the kernel is read and compared again");
+    }
+
+    /// Gathers the facts again; every Service depends on them.
+    fn refresh_facts(&mut self) -> bool {
+        let host = match self.kernel.host_addresses() {
+            Ok(addresses) => addresses,
+            Err(error) => {
+                self.shared.error(&error);
+                tracing::warn!(%error, "cannot list host addresses");
+                return false;
+            }
+        };
+        let facts = {
+            let state = self.subscription.cluster().read();
+            Facts::gather(&self.settings, &state, &host, self.kernel.has_ipv6())
+        };
+        if facts == self.facts {
+            return true;
+        }
+        tracing::info!(
+            ipv4 = ?facts.ipv4, ipv6 = ?facts.ipv6, zone = ?facts.zone, pod_cidrs = ?facts.pod_cidrs,
+            ranges = ?facts.bound_ranges, "node facts changed"
+        );
+        self.facts = facts;
+        let mut touched = self.ledger.put_node(&self.facts);
+        self.pending.services.extend(self.subscription.cluster().read().services.keys().cloned());
+        if !self.adopted {
+            return true;
+        }
+        touched.vips.extend(self.ledger.vips());
+        let clean = self.pass(&Scope::Touched(&touched));
+        // Ranges and preferred sources are compared as a whole.
+        self.schedule.request_routes(Instant::now());
+        self.sync_rules(false) && clean
+    }
+
+    /// Recomputes dirty Services step by step; the API server's own Service first and alone, so
+    /// that nothing else can delay it.
+    fn take_services(&mut self, dirty: &Dirty) -> bool {
+        let mut clean = true;
+        let api = ServiceKey::new("default", "kubernetes");
+        if dirty.services.len() > 1 && dirty.services.contains(&api) {
+            clean &= self.step(std::iter::once(&api));
+            if !self.adopted {
+                // Rules come before the many others: without masquerade the API Service is no use.
+                clean &= self.sync_rules(true);
+            }
+        }
+        let mut keys =
+            dirty.services.iter().filter(|key| **key != api || dirty.services.len() == 1).peekable();
+        while keys.peek().is_some() {
+            clean &= self.step(keys.by_ref().take(STEP));
+        }
+        clean
+    }
+
+    fn step<'a>(&mut self, keys: impl Iterator<Item = &'a ServiceKey>) -> bool {
+        let mut touched = Touched::default();
+        let mut changed = Vec::new();
+        for key in keys {
+            let state = {
+                let cluster = self.subscription.cluster().read();
+                cluster.services.get(key).map(|service| {
+                    super::desired::desired(
+                        service,
+                        cluster.slices.get(key),
+                        &self.facts,
+                        &self.settings,
+                        &self.missing_schedulers,
+                    )
+                })
+            };
+            match state.as_ref().and_then(|state| state.health) {
+                Some(health) => self.health.insert(key.clone(), health),
+                None => self.health.remove(key),
+            };
+            let more = self.ledger.put(key, state);
+            touched.extend(more);
+            changed.push(key.clone());
+        }
+        changed.extend(std::mem::take(&mut touched.services));
+        let clean = self.pass(&Scope::Touched(&touched));
+        self.sync_health_servers();
+        self.report(&changed);
+        clean
+    }
+
+    /// Compares and applies. Returns whether everything asked for is now in the kernel.
+    fn pass(&mut self, scope: &Scope<'_>) -> bool {
+        let changes = mirror::diff(
+            &self.mirror,
+            &self.ledger,
+            &mut self.drains,
+            &self.facts,
+            self.kernel.device(),
+            scope,
+            self.settings.graceful_period,
+            Instant::now(),
+        );
+        if !self.drains.is_empty() && self.next_drain_tick.is_none() {
+            self.next_drain_tick = Some(Instant::now() + DRAIN_TICK);
+        }
+        if changes.is_empty() {
+            return true;
+        }
+        if matches!(scope, Scope::All) && self.adopted {
+            self.shared.drifted(changes.len());
+            tracing::warn!(
+                changes = changes.len(),
+                "kernel state differed from what was programmed, repairing"
+            );
+        }
+        self.apply(changes)
+    }
+
+    fn apply(&mut self, changes: Changes) -> bool {
+        let udp = changes.udp(&self.mirror, |key| self.ledger.protocol(key));
+        let mut clean = true;
+
+        if !changes.retype.is_empty() {
+            if let Err(error) = self.kernel.retype(&changes.retype) {
+                clean = self.failed_to("replace sets of another type", &error);
+            }
+            clean &= self.sync_rules(true);
+        }
+        clean &= self.apply_sets(&changes.sets_first);
+        clean &= self.apply_servers(&changes.servers);
+        clean &= self.apply_routes(&changes.routes);
+        clean &= self.apply_servers(&changes.servers_last);
+        clean &= self.apply_sets(&changes.sets_last);
+        if !changes.retype.is_empty() {
+            clean &= self.read_kernel();
+        }
+        if clean {
+            for (key, wanted) in changes.wanted {
+                match wanted {
+                    Some(server) => self.mirror.servers.insert(key, server),
+                    None => self.mirror.servers.remove(&key),
+                };
+            }
+            if !udp.removed.is_empty() || !udp.appeared.is_empty() {
+                clean &= self.expire_udp(&udp);
+            }
+        }
+        clean
+    }
+
+    fn apply_sets(&mut self, changes: &[ferroute_iptables::ipset::Change]) -> bool {
+        if changes.is_empty() {
+            return true;
+        }
+        match self.kernel.apply_sets(changes, &mut self.mirror.sets) {
+            Ok(failures) => {
+                for failure in &failures {
+                    tracing::warn!(error = %failure, "set change refused");
+                    self.shared.error(failure);
+                }
+                failures.is_empty()
+            }
+            Err(error) => self.failed_to("write sets", &error),
+        }
+    }
+
+    fn apply_servers(&mut self, changes: &[ipvs::Change]) -> bool {
+        if changes.is_empty() {
+            return true;
+        }
+        let failures = match self.kernel.apply_servers(changes) {
+            Ok(failures) => failures,
+            Err(error) => return self.failed_to("write virtual servers", &error),
+        };
+        let clean = failures.is_empty();
+        for failure in failures {
+            let Some(change) = changes.get(failure.index) else { continue };
+            let server = change.server();
+            let service = self.ledger.owner(&server);
+            if let (Some(service), Some(scheduler)) = (&service, missing_scheduler(&failure.error)) {
+                tracing::warn!(%service, %scheduler, "kernel has no such scheduler, rr is used");
+                self.missing_schedulers.insert(scheduler.name().into());
+                // Every Service may name it; the facts did not change, so ask for all of them.
+                self.pending.services.extend(self.ledger.service_keys().cloned());
+                continue;
+            }
+            let service_text = service.as_ref().map(ToString::to_string);
+            tracing::warn!(service = service_text, change = %change, error = %failure.error, "virtual server change refused");
+            self.shared.error(&failure.error);
+            if let Some(service) = service {
+                let uid = self.uid(&service);
+                self.troubled.insert(service.clone());
+                self.reporter.problem(
+                    "Service",
+                    &service,
+                    &uid,
+                    &Problem {
+                        reason: "NotProgrammed",
+                        message: format!(
+                            "node {} could not {change} for Service {service}: {}; it is tried again on the next pass",
+                            self.facts.name, failure.error
+                        ),
+                    },
+                );
+            }
+        }
+        clean
+    }
+
+    fn apply_routes(&mut self, changes: &[crate::host::route::RouteChange]) -> bool {
+        if changes.is_empty() {
+            return true;
+        }
+        match self.kernel.apply_routes(changes, &mut self.mirror.routes) {
+            Ok(failures) => {
+                for failure in &failures {
+                    tracing::warn!(error = %failure.error, "VIP route refused");
+                    self.shared.error(&failure.error);
+                }
+                failures.is_empty()
+            }
+            Err(error) => self.failed_to("write VIP routes", &error),
+        }
+    }
+
+    /// Expires the UDP flows of removed endpoints, and those that met a VIP while nobody served it.
+    fn expire_udp(&mut self, udp: &mirror::UdpChanges) -> bool {
+        let removed: Vec<RemovedEndpoint> = udp
+            .removed
+            .iter()
+            .flat_map(|(key, address, port)| {
+                let endpoint = SocketAddr::new(*address, *port);
+                self.fronts(key)
+                    .into_iter()
+                    .map(move |virtual_server| RemovedEndpoint { virtual_server, endpoint })
+            })
+            .collect();
+        let appeared: Vec<SocketAddr> = udp.appeared.iter().flat_map(|key| self.fronts(key)).collect();
+        match self.kernel.expire_udp(&removed, &appeared) {
+            Ok(expired) => {
+                self.shared.expired_flows(expired);
+                true
+            }
+            Err(error) => self.failed_to("expire stale UDP flows", &error),
+        }
+    }
+
+    /// Where clients meet a virtual server; those with a mark are met at every frontend of the port.
+    fn fronts(&self, key: &ipvs::VirtualServerKey) -> Vec<SocketAddr> {
+        match *key {
+            ipvs::VirtualServerKey::Address { address, port, .. } => vec![SocketAddr::new(address, port)],
+            ipvs::VirtualServerKey::Mark { .. } => self
+                .ledger
+                .owner(key)
+                .map(|service| self.ledger.frontends(&service))
+                .unwrap_or_default()
+                .into_iter()
+                .filter(|front| front.protocol == Protocol::Udp && front.local_clients.is_some())
+                .map(|front| SocketAddr::new(front.address, front.port))
+                .collect(),
+        }
+    }
+
+    /// Looks at what drains; deletes what is quiet or out of time.
+    fn tick_drains(&mut self) -> bool {
+        self.next_drain_tick = None;
+        let mut touched = Touched::default();
+        for server in self.drains.servers() {
+            match self.kernel.quiet_destinations(&server) {
+                Ok(quiet) => {
+                    for destination in quiet {
+                        self.drains.set_quiet(&server, &destination);
+                    }
+                }
+                Err(error) => {
+                    // The virtual server may be gone; the next audit sees it.
+                    self.failed_to("read draining destinations", &error);
+                    self.schedule.request_full(Instant::now());
+                }
+            }
+            if self.drains.is_due(&server, Instant::now()) {
+                touched.servers.insert(server);
+            }
+        }
+        touched.servers.is_empty() || self.pass(&Scope::Touched(&touched))
+    }
+
+    /// Reads kernel tables back and repairs what differs.
+    fn audit(&mut self, audit: super::schedule::Due) -> bool {
+        let started = Instant::now();
+        let mut clean = true;
+        if audit.tables {
+            clean = self.read_kernel() && self.pass(&Scope::All);
+            self.kernel.prepare(&self.facts);
+        } else if audit.routes {
+            clean = self.read_routes() && self.pass(&Scope::All);
+        }
+        self.schedule.tables_cost(started.elapsed());
+        if audit.rules {
+            let started = Instant::now();
+            clean &= self.sync_rules(true);
+            self.schedule.rules_cost(started.elapsed());
+        }
+        self.sync_health_servers();
+        clean
+    }
+
+    /// Replaces the mirror by what the kernel holds of ours.
+    fn read_kernel(&mut self) -> bool {
+        match self.kernel.read(&self.settings, &self.ledger, &self.mirror) {
+            Ok(mirror) => {
+                self.mirror = mirror;
+                true
+            }
+            Err(error) => self.failed_to("read kernel tables", &error),
+        }
+    }
+
+    fn read_routes(&mut self) -> bool {
+        match self.kernel.ensure_link().and_then(|()| self.kernel.read_routes()) {
+            Ok(routes) => {
+                self.mirror.routes = routes;
+                true
+            }
+            Err(error) => self.failed_to("read VIP routes", &error),
+        }
+    }
+
+    /// Makes the chains right; `check` reads them back first, else only a change of ours is written.
+    fn sync_rules(&mut self, check: bool) -> bool {
+        let wanted = super::rules::desired(&self.settings, &self.facts, self.kernel.families());
+        let result = self.kernel.sync_rules(wanted, check);
+        match result {
+            Ok(repaired) => {
+                if repaired > 0 && self.adopted && check {
+                    self.shared.drifted(repaired);
+                }
+                true
+            }
+            Err(error) => self.failed_to("write proxy rules", &error),
+        }
+    }
+
+    fn sync_health_servers(&mut self) {
+        let wanted =
+            self.health.iter().map(|(service, (port, local))| (*port, (service.clone(), *local))).collect();
+        for (service, port, error) in self.health_servers.set(wanted) {
+            let uid = self.uid(&service);
+            self.reporter.problem(
+                "Service",
+                &service,
+                &uid,
+                &Problem {
+                    reason: "HealthCheckPortTaken",
+                    message: format!(
+                        "node {} cannot listen on health check node port {port} of Service {service}: {error}; \
+                         stop what listens there, it is tried again on every audit",
+                        self.facts.name
+                    ),
+                },
+            );
+        }
+    }
+
+    /// Tells what cannot be honoured of these Services, and that what was told before is over.
+    fn report(&self, keys: &[ServiceKey]) {
+        for key in keys {
+            self.reporter.replace("Service", key, &self.uid(key), &self.ledger.problems(key));
+        }
+    }
+
+    fn uid(&self, key: &ServiceKey) -> Arc<str> {
+        self.subscription.cluster().read().services.get(key).map(|s| s.uid.clone()).unwrap_or_default()
+    }
+
+    /// Notes a failure of the room; always `false`, the pass is not clean.
+    fn failed_to(&self, action: &'static str, error: &Error) -> bool {
+        tracing::warn!(%error, action, "kernel access failed");
+        self.shared.error(error);
+        false
+    }
+
+    fn answer_requests(&mut self) {
+        while let Ok(request) = self.requests.try_recv() {
+            match request {
+                Request::Status(reply) => {
+                    let status = Status::gather(
+                        &self.settings,
+                        &self.facts,
+                        &self.ledger,
+                        &mut self.drains,
+                        &mut self.kernel,
+                        &self.mirror,
+                    );
+                    // The asker may have given up waiting.
+                    let _ = reply.send(status);
+                }
+                Request::Statistics(reply) => {
+                    let _ = reply.send(self.kernel.statistics(&self.ledger));
+                }
+            }
+        }
+    }
+}
+
+/// The scheduler that the kernel does not have, where that is why a change failed.
+fn missing_scheduler(error: &ipvs::ChangeError) -> Option<ipvs::Scheduler> {
+    match error {
+        ipvs::ChangeError::NoScheduler { scheduler, .. } => Some(*scheduler),
+        _ => None,
+    }
+}
+
+fn merge(pending: &mut Dirty, more: Dirty) {
+    pending.services.extend(more.services);
+    pending.nodes.extend(more.nodes);
+    pending.service_cidrs |= more.service_cidrs;
+    pending.listed |= more.listed;
+    pending.since = pending.since.into_iter().chain(more.since).min();
+}

@@ -1,0 +1,169 @@
+//! What other threads see of the Service room: health, status, metrics, and how to stop it.
+
+use std::fmt::Display;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::metrics::{Histogram, ServiceStatistics};
+use super::status::Status;
+use crate::cluster::Waker;
+
+/// Questions the room answers between two passes, since it alone owns the kernel handles.
+pub(super) enum Request {
+    /// Desired, actual and difference.
+    Status(SyncSender<Status>),
+    /// Traffic counters of every virtual server.
+    Statistics(SyncSender<Vec<ServiceStatistics>>),
+}
+
+/// State of the room for health checks.
+#[derive(Clone, Debug)]
+pub struct Health {
+    /// When the room was opened.
+    pub started: Instant,
+    /// When its loop last turned; it turns at least every five seconds.
+    pub last_turn: Instant,
+    /// When everything wanted was last in the kernel.
+    pub last_clean_pass: Option<Instant>,
+    /// Clean passes so far.
+    pub passes: u64,
+    /// Passes that left something undone.
+    pub failures: u64,
+    /// What the newest failure said; `None` after a clean pass.
+    pub last_error: Option<String>,
+}
+
+/// Numbers written by the room and read by everybody.
+pub(super) struct Shared {
+    stopping: AtomicBool,
+    health: Mutex<Health>,
+    pub(super) numbers: Numbers,
+}
+
+/// Counters and gauges of the room.
+#[derive(Default)]
+pub(super) struct Numbers {
+    pub(super) virtual_servers: AtomicU64,
+    pub(super) draining: AtomicU64,
+    pub(super) drift: AtomicU64,
+    pub(super) expired_flows: AtomicU64,
+    pub(super) passes: Mutex<Histogram>,
+    pub(super) latency: Mutex<Histogram>,
+    /// Unix time of the last clean pass in milliseconds.
+    pub(super) last_clean_unix_ms: AtomicU64,
+}
+
+impl Shared {
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    pub(super) fn turned(&self) {
+        lock(&self.health).last_turn = Instant::now();
+    }
+
+    pub(super) fn passed(&self, started: Instant, since: Option<Instant>, servers: usize, draining: usize) {
+        let now = Instant::now();
+        {
+            let mut health = lock(&self.health);
+            health.last_clean_pass = Some(now);
+            health.passes += 1;
+            health.last_error = None;
+        }
+        self.numbers.virtual_servers.store(servers as u64, Ordering::Relaxed);
+        self.numbers.draining.store(draining as u64, Ordering::Relaxed);
+        lock(&self.numbers.passes).observe(now - started);
+        if let Some(since) = since {
+            lock(&self.numbers.latency).observe(now - since);
+        }
+        let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let unix = u64::try_from(unix.as_millis()).unwrap_or(u64::MAX);
+        self.numbers.last_clean_unix_ms.store(unix, Ordering::Relaxed);
+    }
+
+    pub(super) fn failed(&self, started: Instant) {
+        lock(&self.health).failures += 1;
+        lock(&self.numbers.passes).observe(started.elapsed());
+    }
+
+    pub(super) fn error(&self, error: &impl Display) {
+        lock(&self.health).last_error = Some(error.to_string());
+    }
+
+    pub(super) fn drifted(&self, changes: usize) {
+        self.numbers.drift.fetch_add(changes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn expired_flows(&self, count: usize) {
+        self.numbers.expired_flows.fetch_add(count as u64, Ordering::Relaxed);
+    }
+}
+
+/// A handle on the running room. Cheap to clone.
+#[derive(Clone)]
+pub struct View {
+    shared: Arc<Shared>,
+    requests: Sender<Request>,
+    waker: Waker,
+}
+
+impl View {
+    pub(super) fn new(waker: Waker) -> (Self, Arc<Shared>, Receiver<Request>) {
+        let now = Instant::now();
+        let shared = Arc::new(Shared {
+            stopping: AtomicBool::new(false),
+            health: Mutex::new(Health {
+                started: now,
+                last_turn: now,
+                last_clean_pass: None,
+                passes: 0,
+                failures: 0,
+                last_error: None,
+            }),
+            numbers: Numbers::default(),
+        });
+        let (requests, receiver) = channel();
+        (Self { shared: shared.clone(), requests, waker }, shared, receiver)
+    }
+
+    pub(super) fn waker(&self) -> Waker {
+        self.waker.clone()
+    }
+
+    /// Ends the room's thread after the pass it is in. Kernel state stays.
+    pub fn stop(&self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+
+    /// State of the room.
+    pub fn health(&self) -> Health {
+        lock(&self.shared.health).clone()
+    }
+
+    /// Desired, actual and difference; `None` when the room does not answer in time.
+    pub fn status(&self, timeout: Duration) -> Option<Status> {
+        self.ask(Request::Status, timeout)
+    }
+
+    /// Writes the room's metrics in Prometheus text format; per-Service counters are read from the
+    /// kernel now and left out when the room does not answer within two seconds.
+    pub fn metrics(&self, out: &mut String) {
+        let statistics = self.ask(Request::Statistics, Duration::from_secs(2)).unwrap_or_default();
+        super::metrics::write(out, &self.shared.numbers, &self.health(), &statistics);
+    }
+
+    fn ask<T>(&self, request: impl FnOnce(SyncSender<T>) -> Request, timeout: Duration) -> Option<T> {
+        let (reply, answer) = sync_channel(1);
+        self.requests.send(request(reply)).ok()?;
+        self.waker.wake();
+        answer.recv_timeout(timeout).ok()
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Numbers stay usable after a panic elsewhere; the supervisor ends the process anyway.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
