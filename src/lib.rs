@@ -7,15 +7,18 @@
 //! - [`proxy`]: Services to IPVS virtual servers, sets, local routes and the proxy firewall.
 //! - [`host`]: this machine's kernel: links, routes, sysctls, conntrack; dump and apply only.
 //! - [`config`]: the command line, as typed values.
-//! - Around the rooms: [`supervise`] (named tasks), [`health`], [`metrics`], [`http`], [`log`],
-//!   [`capabilities`].
+//! - [`daemon`]: the composition of the rooms; start and stop. Around it [`supervise`] (named tasks),
+//!   [`health`], [`metrics`], [`admin`] with [`http`], [`log`], [`capabilities`], [`cleanup`].
 //!
 //! A pass is six words, the same in every room: wake, desired, actual, diff, apply, check.
 //! `desired` and `diff` are pure functions over plain data; only handles touch the kernel.
 
+pub mod admin;
 pub mod capabilities;
+pub mod cleanup;
 pub mod cluster;
 pub mod config;
+pub mod daemon;
 pub mod duration;
 pub mod health;
 pub mod host;

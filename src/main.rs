@@ -1,2 +1,70 @@
-//! x
-fn main() {}
+//! The `ferroute` program: command line in, exit code out. 0 is success, 1 an error at start or
+//! while running, 2 a wrong command line.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use ferroute::config::{self, Command, Environment};
+use ferroute::{admin, cleanup, daemon, log, supervise};
+
+fn main() -> ExitCode {
+    let environment = Environment {
+        node_name: std::env::var("NODE_NAME").ok(),
+        host_name: nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()),
+    };
+    let command = match config::parse(std::env::args_os().skip(1).collect(), &environment) {
+        Ok(command) => command,
+        Err(mistakes) => {
+            eprint!("{mistakes}");
+            return ExitCode::from(mistakes.exit_code());
+        }
+    };
+    match execute(command) {
+        Ok(code) => code,
+        Err(error) => {
+            // Also for people who read no logs, and whatever the log's format.
+            eprintln!("ferroute: {}", supervise::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Print(text) => print(&text),
+        Command::Status { socket, output } => print(&line(admin::ask_status(&socket, output)?)),
+        Command::Plan { config, output } => {
+            log::start(config.log)?;
+            print(&line(daemon::plan(*config, output)?))
+        }
+        Command::CleanUp { dry_run, log } => {
+            log::start(log)?;
+            daemon::require_root()?;
+            let outcome = cleanup::run(dry_run);
+            print(&outcome.text)?;
+            for failure in &outcome.failures {
+                eprintln!("ferroute: {failure}");
+            }
+            Ok(if outcome.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Command::Run(config) => {
+            let level = log::start(config.log)?;
+            supervise::log_panics();
+            daemon::run(*config, level)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// Text for standard output; a reader that stopped reading (`| head`) is no error.
+fn print(text: &str) -> anyhow::Result<ExitCode> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+fn line(text: String) -> String {
+    if text.ends_with('\n') { text } else { text + "\n" }
+}

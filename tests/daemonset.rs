@@ -1,6 +1,8 @@
 //! The manifests of `daemonset/` as they are: they parse, their flags are flags, their rights are
 //! those the code uses, and the pod holds no more than it needs.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // A failed test may panic anywhere.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::Path;

@@ -1,0 +1,426 @@
+//! What the process answers: probes and metrics over TCP; state and log level over a Unix socket
+//! that only root can open. Answers are read from the rooms when asked for.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{self, Read, Write as _};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use nix::sys::stat::{Mode, umask};
+use serde::Serialize;
+
+use crate::cluster::Cluster;
+use crate::cluster::health::{KindHealth, KindReport};
+use crate::config::Output;
+use crate::duration::GoDuration;
+use crate::health::{RoomHealth, Verdict, WatchHealth, judge};
+use crate::http::{Answer, Method, Request, StatusCode};
+use crate::log;
+use crate::metrics::{self, ExportTime, Page};
+use crate::proxy;
+use crate::report::{CurrentProblem, Reporter};
+
+/// How long a room may take to describe itself.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long `ferroute status` waits for the daemon.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
+/// The proxy's loop turns every few seconds; one pass over a huge cluster on a slow machine, with
+/// the xtables lock held by others, still ends well within this.
+const TURN_LIMIT: Duration = Duration::from_secs(120);
+/// An audit may take this long beyond its period before the kernel's state counts as unknown.
+const SLACK: Duration = Duration::from_secs(60);
+
+/// Everything that can be asked.
+pub struct Desk {
+    /// Name of the Node object.
+    pub node: Arc<str>,
+    /// When the process started.
+    pub started: Instant,
+    /// The same by the wall clock.
+    pub started_at: SystemTime,
+    /// The service proxy's period (`--ipvs-sync-period`).
+    pub audit_period: Duration,
+    /// The service proxy.
+    pub proxy: proxy::View,
+    /// The watched state.
+    pub cluster: Cluster,
+    /// Problems of objects.
+    pub reporter: Reporter,
+    /// The log level.
+    pub level: log::Level,
+    /// Time spent on metrics.
+    pub export_time: ExportTime,
+}
+
+/// The body of `/status`.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Status {
+    version: &'static str,
+    node: Arc<str>,
+    uptime_seconds: u64,
+    live: bool,
+    ready: bool,
+    health: Vec<String>,
+    watches: Vec<KindReport>,
+    problems: Vec<CurrentProblem>,
+    /// Desired, actual and difference; absent when the room did not answer in time.
+    services: Option<proxy::Status>,
+}
+
+impl Desk {
+    /// Answers of the health port.
+    pub fn health(&self, request: &Request) -> Answer {
+        if let Some(refusal) = only_reads(request) {
+            return refusal;
+        }
+        let verdict = self.verdict();
+        match request.path.as_str() {
+            // kube-router's path, words and status.
+            "/healthz" if verdict.live => probe(StatusCode::OK, "OK", &verdict),
+            "/healthz" => probe(StatusCode::INTERNAL_SERVER_ERROR, "Unhealthy", &verdict),
+            "/livez" if verdict.live => probe(StatusCode::OK, "live", &verdict),
+            "/livez" => probe(StatusCode::INTERNAL_SERVER_ERROR, "not live", &verdict),
+            "/readyz" if verdict.ready => probe(StatusCode::OK, "ready", &verdict),
+            "/readyz" => probe(StatusCode::SERVICE_UNAVAILABLE, "not ready", &verdict),
+            _ => unknown("/healthz, /livez, /readyz"),
+        }
+    }
+
+    /// Answers of the metrics port. Blocks while the kernel's counters are read.
+    pub fn metrics(&self, request: &Request, path: &str) -> Answer {
+        if let Some(refusal) = only_reads(request) {
+            return refusal;
+        }
+        if request.path != path {
+            return unknown(path);
+        }
+        let begun = Instant::now();
+        let mut page = Page::default();
+        metrics::build_info(&mut page);
+        metrics::rooms(&mut page, &self.rooms(), begun);
+        let mut current = BTreeMap::new();
+        for problem in self.reporter.current() {
+            *current.entry((problem.kind, problem.reason)).or_default() += 1;
+        }
+        metrics::problems(&mut page, &self.reporter.counters(), &current, self.reporter.dropped_events());
+        self.watch_metrics(&mut page);
+        self.proxy.metrics(page.text());
+        let since_epoch = self.started_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        metrics::process(&mut page, since_epoch);
+        self.export_time.observe(begun.elapsed());
+        self.export_time.write(&mut page);
+        Answer {
+            status: StatusCode::OK,
+            content_type: "text/plain; version=0.0.4; charset=utf-8",
+            body: page.finish(),
+        }
+    }
+
+    /// Answers of the Unix socket. Blocks while the rooms describe themselves.
+    pub fn admin(&self, request: &Request) -> Answer {
+        match (&request.method, request.path.as_str()) {
+            (&Method::PUT, "/log-level") => self.set_level(&request.body),
+            (&Method::GET, "/status") if request.query == "output=text" => {
+                Answer::text(StatusCode::OK, self.status_text())
+            }
+            (&Method::GET, "/status") => match serde_json::to_string(&self.status()) {
+                Ok(body) => Answer::json(body),
+                Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+            },
+            (_, "/healthz" | "/livez" | "/readyz") => self.health(request),
+            _ => unknown("GET /status, PUT /log-level, GET /healthz, /livez, /readyz"),
+        }
+    }
+
+    fn set_level(&self, body: &[u8]) -> Answer {
+        let level = std::str::from_utf8(body).ok().and_then(|text| text.trim().parse::<i32>().ok());
+        let Some(level) = level else {
+            return Answer::text(StatusCode::BAD_REQUEST, "write a number, for example 2\n");
+        };
+        match self.level.set(level) {
+            Ok(()) => {
+                tracing::info!(level, "log level changed");
+                Answer::text(StatusCode::OK, format!("{level}\n"))
+            }
+            Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        }
+    }
+
+    fn rooms(&self) -> Vec<RoomHealth> {
+        let health = self.proxy.health();
+        vec![RoomHealth {
+            name: "proxy",
+            turn_limit: TURN_LIMIT,
+            clean_limit: self.audit_period + SLACK,
+            started: health.started,
+            last_turn: health.last_turn,
+            last_clean_pass: health.last_clean_pass,
+            passes: health.passes,
+            failures: health.failures,
+            last_error: health.last_error,
+        }]
+    }
+
+    fn verdict(&self) -> Verdict {
+        let watches: Vec<WatchHealth> = self
+            .cluster
+            .watch_health()
+            .kinds()
+            .into_iter()
+            .map(|(kind, health)| WatchHealth {
+                kind: kind.name(),
+                listed: health.listed,
+                error: health.last_error.filter(|_| !health.connected),
+            })
+            .collect();
+        judge(&self.rooms(), &watches, Instant::now())
+    }
+
+    fn watch_metrics(&self, page: &mut Page) {
+        let watches = self.cluster.watch_health().kinds();
+        type Value = fn(&KindHealth) -> u64;
+        let families: [(&str, &str, &str, Value); 4] = [
+            ("ferroute_watch_connected", "gauge", "Whether a watch is up.", |h| u64::from(h.connected)),
+            ("ferroute_watch_events_total", "counter", "Objects received, lists included.", |h| h.events),
+            ("ferroute_watch_lists_total", "counter", "Complete lists.", |h| h.lists),
+            ("ferroute_watch_errors_total", "counter", "Failed lists and watches.", |h| h.errors),
+        ];
+        for (name, kind, help, value) in families {
+            page.family(name, kind, help);
+            for (watched, health) in &watches {
+                page.sample(name, &[("kind", watched.name())], value(health));
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        let verdict = self.verdict();
+        Status {
+            version: env!("CARGO_PKG_VERSION"),
+            node: self.node.clone(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            live: verdict.live,
+            ready: verdict.ready,
+            health: verdict.lines.iter().map(ToString::to_string).collect(),
+            watches: self.cluster.watch_health().report(),
+            problems: self.reporter.current(),
+            services: self.proxy.status(STATUS_TIMEOUT),
+        }
+    }
+
+    fn status_text(&self) -> String {
+        let status = self.status();
+        let uptime = GoDuration::from_secs(u32::try_from(status.uptime_seconds).unwrap_or(u32::MAX));
+        let word = |good: bool, word: &str| if good { word.to_owned() } else { format!("not {word}") };
+        let mut text = format!(
+            "ferroute {} on node {}, up {uptime}: {}, {}\n",
+            status.version,
+            status.node,
+            word(status.live, "live"),
+            word(status.ready, "ready")
+        );
+        // Writing to a String cannot fail.
+        for line in &status.health {
+            let _ = writeln!(text, "{line}");
+        }
+        if !status.problems.is_empty() {
+            let _ = writeln!(text, "\nProblems of objects:");
+        }
+        for problem in &status.problems {
+            let slash = if problem.namespace.is_empty() { "" } else { "/" };
+            let (kind, namespace, name) = (problem.kind, &problem.namespace, &problem.name);
+            let _ =
+                writeln!(text, "  {kind} {namespace}{slash}{name}: {}: {}", problem.reason, problem.message);
+        }
+        match &status.services {
+            Some(services) => {
+                let _ = writeln!(text, "\n{services}");
+            }
+            None => {
+                let _ = writeln!(
+                    text,
+                    "\nThe service proxy did not answer within {}s; it is busy or stuck.",
+                    STATUS_TIMEOUT.as_secs()
+                );
+            }
+        }
+        text
+    }
+}
+
+fn probe(status: StatusCode, word: &str, verdict: &Verdict) -> Answer {
+    // kube-router answers with the bare word; whoever compares it finds it on the first line.
+    let mut body = word.to_owned();
+    for line in &verdict.lines {
+        let _ = write!(body, "\n{line}");
+    }
+    Answer::text(status, body + "\n")
+}
+
+fn only_reads(request: &Request) -> Option<Answer> {
+    let reads = [Method::GET, Method::HEAD].contains(&request.method);
+    (!reads).then(|| Answer::text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n"))
+}
+
+fn unknown(known: &str) -> Answer {
+    Answer::text(StatusCode::NOT_FOUND, format!("unknown; there are: {known}\n"))
+}
+
+/// Why the Unix socket cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// Another daemon answers on it.
+    #[error("--admin-socket={0}: another ferroute is running on this machine; stop it first")]
+    InUse(PathBuf),
+    /// Something that is no socket has that name.
+    #[error("--admin-socket={0}: exists and is no socket; remove it or choose another path")]
+    NoSocket(PathBuf),
+    /// The system refused.
+    #[error("--admin-socket={path}: {source}; choose a path in a folder that root can write")]
+    Io {
+        /// The flag's value.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// `ferroute status` found no daemon.
+    #[error("no ferroute answers on {path}: {source}; is the daemon running here, and are you root?")]
+    NoDaemon {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The daemon answered with an error.
+    #[error("ferroute on {path} answered: {answer}")]
+    Refused {
+        /// The socket.
+        path: PathBuf,
+        /// Its words.
+        answer: String,
+    },
+}
+
+/// The name of an open Unix socket; gone when this is dropped.
+#[derive(Debug)]
+pub struct Bound(PathBuf);
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        // Best effort: a socket left over is replaced by the next start.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Opens the Unix socket for root alone. A socket left over by a dead process is replaced; one on
+/// which a daemon answers is not.
+pub fn listen(path: &Path) -> Result<(UnixListener, Bound), SocketError> {
+    let failed = |source| SocketError::Io { path: path.to_owned(), source };
+    if let Some(folder) = path.parent()
+        && !folder.exists()
+    {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
+    }
+    match std::fs::symlink_metadata(path) {
+        Ok(known) if !known.file_type().is_socket() => return Err(SocketError::NoSocket(path.to_owned())),
+        Ok(_) if UnixStream::connect(path).is_ok() => return Err(SocketError::InUse(path.to_owned())),
+        Ok(_) => std::fs::remove_file(path).map_err(failed)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    // The folder may be open to others: the socket must never be, not even for a moment.
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(path);
+    umask(before);
+    let listener = listener.map_err(failed)?;
+    let bound = Bound(path.to_owned());
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    Ok((listener, bound))
+}
+
+/// Asks the running daemon for its state.
+pub fn ask_status(path: &Path, output: Output) -> Result<String, SocketError> {
+    let query = match output {
+        Output::Text => "?output=text",
+        Output::Json => "",
+    };
+    let absent = |source| SocketError::NoDaemon { path: path.to_owned(), source };
+    let mut stream = UnixStream::connect(path).map_err(absent)?;
+    stream.set_read_timeout(Some(CLIENT_TIMEOUT)).map_err(absent)?;
+    stream.set_write_timeout(Some(CLIENT_TIMEOUT)).map_err(absent)?;
+    stream.write_all(format!("GET /status{query} HTTP/1.0\r\n\r\n").as_bytes()).map_err(absent)?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).map_err(absent)?;
+    let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+    if head.split_whitespace().nth(1) != Some("200") {
+        let answer = if body.is_empty() { head } else { body };
+        return Err(SocketError::Refused { path: path.to_owned(), answer: answer.trim().to_owned() });
+    }
+    Ok(body.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("ferroute-admin-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&folder);
+        folder
+    }
+
+    #[test]
+    fn the_socket_is_for_root_alone_and_for_one_daemon() {
+        let folder = folder("socket");
+        let path = folder.join("a.sock");
+        let (listener, bound) = listen(&path).unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&path), mode(&folder)), (0o600, 0o700));
+        assert!(matches!(listen(&path), Err(SocketError::InUse(_))));
+        drop(listener);
+        // A killed process removes nothing.
+        std::mem::forget(bound);
+        assert!(path.exists());
+        drop(listen(&path).unwrap());
+        assert!(!path.exists());
+        std::fs::write(&path, "precious").unwrap();
+        assert!(matches!(listen(&path), Err(SocketError::NoSocket(_))));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn without_a_daemon_the_message_says_so() {
+        let folder = folder("absent");
+        let error = ask_status(&folder.join("a.sock"), Output::Json).unwrap_err();
+        assert!(error.to_string().contains("is the daemon running here"), "{error}");
+    }
+
+    #[test]
+    fn an_error_of_the_daemon_is_passed_on() {
+        let folder = folder("refusal");
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("a.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = std::thread::spawn(move || {
+            for answer in ["HTTP/1.0 404 Not Found\r\n\r\nunknown\n", "HTTP/1.0 200 OK\r\n\r\n{}"] {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = [0; 64];
+                let length = stream.read(&mut request).unwrap();
+                assert!(request[..length].starts_with(b"GET /status"));
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        let error = ask_status(&path, Output::Text).unwrap_err();
+        assert!(matches!(error, SocketError::Refused { answer, .. } if answer == "unknown"));
+        assert_eq!(ask_status(&path, Output::Json).unwrap(), "{}");
+        server.join().unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}

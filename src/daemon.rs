@@ -1,0 +1,299 @@
+//! The composition: which rooms there are, what runs where, start and stop.
+//!
+//! ```text
+//!   API server or folder
+//!          |
+//!     task "cluster" ---- Cluster (shared state) ---- wakes ---> thread "proxy" ---> kernel
+//!          |                                                        |
+//!          +-- Reporter <---- problems of objects -----------------+
+//!                                                                   | View (health, status, metrics)
+//!     task "health server"   TCP   /healthz /livez /readyz  <-------+
+//!     task "metrics server"  TCP   /metrics                 <-------+
+//!     task "admin socket"    Unix  /status /log-level       <-------+
+//! ```
+//!
+//! Start: checks and sockets that can fail go first, then capabilities are given up, then the
+//! service proxy takes its kernel handles (the last use of SYS_MODULE), then the rooms start. Stop: the proxy ends its pass, the
+//! tasks are cancelled; the kernel keeps everything.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, bail};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::subscriber::NoSubscriber;
+
+use crate::admin::{self, Desk};
+use crate::capabilities;
+use crate::cluster::{self, Access, Cluster, Interests};
+use crate::config::{Config, Metrics, Output, Source};
+use crate::http::{self, Answer, Listener, Request, StatusCode};
+use crate::log;
+use crate::metrics::ExportTime;
+use crate::proxy::{self, settings::Settings};
+use crate::report::Reporter;
+use crate::supervise::Supervisor;
+
+/// An orderly stop takes at most this long.
+const STOP_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Runs the daemon until it is told to stop.
+pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
+    let Config {
+        source,
+        node_name,
+        cache_sync_timeout,
+        health,
+        metrics,
+        admin_socket,
+        log: _,
+        proxy,
+        notices,
+    } = config;
+    require_root()?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), node = &*node_name, "ferroute starts");
+    for notice in notices {
+        tracing::info!(notice, "about the flags");
+    }
+    let Some(settings) = proxy else {
+        tracing::info!("nothing to run: every part is switched off");
+        return Ok(());
+    };
+    let source = cluster_source(source, &settings)?;
+
+    let health = health.map(|address| bind("health", address)).transpose()?;
+    let metrics =
+        metrics.map(|Metrics { address, path }| anyhow::Ok((bind("metrics", address)?, path))).transpose()?;
+    let (admin, _bound) = admin::listen(&admin_socket)?;
+    // After the ports, which may be privileged; before any thread, since the sets are per thread.
+    capabilities::keep(&capabilities::AT_START)?;
+
+    let (started, started_at) = (Instant::now(), SystemTime::now());
+    let cluster = Cluster::new();
+    let reporter = Reporter::new(&node_name);
+    let interests = Interests::service_proxy(node_name.clone());
+    let audit_period = settings.audit_period;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(4)
+        .thread_name("tasks")
+        .on_thread_start(|| {
+            if let Err(error) = capabilities::keep(&capabilities::ALWAYS) {
+                tracing::warn!(%error, "a thread keeps more capabilities than it needs");
+            }
+        })
+        .enable_all()
+        .build()
+        .context("cannot start the task runtime")?;
+    let (room, view) = {
+        // The API client and the health check node port servers belong to the runtime.
+        let _inside = runtime.enter();
+        check_access(&source)?;
+        proxy::Room::open(settings, cluster.subscribe(), reporter.room("proxy"))?
+    };
+    capabilities::keep(&capabilities::ALWAYS)?;
+
+    let desk = Arc::new(Desk {
+        node: node_name,
+        started,
+        started_at,
+        audit_period,
+        proxy: view.clone(),
+        cluster: cluster.clone(),
+        reporter: reporter.clone(),
+        level,
+        export_time: ExportTime::new()?,
+    });
+    let outcome = runtime.block_on(async {
+        let mut signals = Signals::new().context("cannot handle signals")?;
+        let mut rooms = Supervisor::default();
+        if let Some(listener) = health {
+            let listener = Listener::Tcp(tokio::net::TcpListener::from_std(listener)?);
+            rooms.task("health server", http::serve(listener, answer(&desk, Desk::health)));
+        }
+        if let Some((listener, path)) = metrics {
+            let listener = Listener::Tcp(tokio::net::TcpListener::from_std(listener)?);
+            let page = move |desk: &Desk, request: &Request| desk.metrics(request, &path);
+            rooms.task("metrics server", http::serve(listener, answer(&desk, page)));
+        }
+        let admin = Listener::Unix(tokio::net::UnixListener::from_std(admin)?);
+        rooms.task("admin socket", http::serve(admin, answer(&desk, Desk::admin)));
+        rooms.thread("proxy", move || Ok(room.run()?)).context("cannot start the proxy's thread")?;
+        let wanted: Vec<_> = interests.kinds.iter().copied().collect();
+        let watched = cluster.clone();
+        rooms.task("cluster", async move { Ok(cluster::run(source, watched, interests, reporter).await?) });
+        tokio::spawn(warn_when_unlisted(cluster, wanted, cache_sync_timeout));
+        let outcome = tokio::select! {
+            () = signals.next() => Ok(()),
+            ended = rooms.first_end() => Err(anyhow::anyhow!("{ended}")),
+        };
+        view.stop();
+        let stopped = tokio::select! {
+            stopped = rooms.stop(STOP_DEADLINE) => stopped,
+            () = signals.next() => bail!("stopped at once by a second signal; the kernel keeps its state"),
+        };
+        for ended in &stopped.failed {
+            tracing::error!(error = %ended, "failed while stopping");
+        }
+        outcome?;
+        if !stopped.running.is_empty() {
+            bail!("did not stop within {}s: {}", STOP_DEADLINE.as_secs(), stopped.running.join(", "));
+        }
+        tracing::info!("stopped; the kernel keeps its state");
+        Ok(())
+    });
+    // A blocked answer must not hold the process back.
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    outcome
+}
+
+/// What a daemon with these flags would change; reads the kernel and the cluster, writes nothing.
+pub fn plan(config: Config, output: Output) -> anyhow::Result<String> {
+    require_root()?;
+    let Some(settings) = config.proxy else { bail!("nothing to plan: --run-service-proxy=false") };
+    let source = cluster_source(config.source, &settings)?;
+    let cluster = Cluster::new();
+    let interests = Interests::service_proxy(config.node_name.clone());
+    let wanted: Vec<_> = interests.kinds.iter().copied().collect();
+    let limit = config.cache_sync_timeout;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the task runtime")?;
+    runtime.block_on(async {
+        tokio::select! {
+            ended = cluster::run(source, cluster.clone(), interests, Reporter::new(&config.node_name)) => {
+                Err(ended.err().map_or_else(|| anyhow::anyhow!("the cluster's watch ended"), Into::into))
+            }
+            () = until_listed(&cluster, &wanted) => Ok(()),
+            () = tokio::time::sleep(limit) => {
+                let errors: Vec<String> = cluster
+                    .watch_health()
+                    .kinds()
+                    .into_iter()
+                    .filter_map(|(kind, health)| Some(format!("{}: {}", kind.name(), health.last_error?)))
+                    .collect();
+                let errors = if errors.is_empty() { "no answer".to_owned() } else { errors.join("; ") };
+                Err(anyhow::anyhow!(
+                    "the cluster was not listed within {}s (--cache-sync-timeout): {errors}", limit.as_secs()
+                ))
+            }
+        }
+    })?;
+    let status = proxy::plan(&settings, &cluster)?;
+    Ok(match output {
+        Output::Text => status.to_string(),
+        Output::Json => serde_json::to_string(&status)?,
+    })
+}
+
+/// Only root may change or read the kernel's tables.
+pub fn require_root() -> anyhow::Result<()> {
+    let user = nix::unistd::geteuid();
+    if !user.is_root() {
+        bail!("must run as root (user 0), runs as user {user}; use sudo, or a pod with runAsUser: 0");
+    }
+    Ok(())
+}
+
+/// Where objects come from, with what can be checked before anything starts.
+fn cluster_source(source: Source, settings: &Settings) -> anyhow::Result<cluster::Source> {
+    Ok(match source {
+        Source::Manifests(folder) => {
+            let known = std::fs::metadata(&folder).with_context(|| {
+                format!(
+                    "--manifests={}: cannot be read; give a folder of YAML or JSON files",
+                    folder.display()
+                )
+            })?;
+            if !known.is_dir() {
+                bail!(
+                    "--manifests={}: is no folder; give the folder that holds the YAML or JSON files",
+                    folder.display()
+                );
+            }
+            cluster::Source::Manifests(folder)
+        }
+        Source::Api { kubeconfig, master } => cluster::Source::Api(Access {
+            kubeconfig,
+            master,
+            own_cluster_ranges: settings.cluster_ip_ranges.clone(),
+        }),
+    })
+}
+
+/// A wrong kubeconfig must show before the kernel is touched. The client made here is dropped, so
+/// its log line would only be said twice.
+fn check_access(source: &cluster::Source) -> anyhow::Result<()> {
+    if let cluster::Source::Api(access) = source {
+        tracing::subscriber::with_default(NoSubscriber::new(), || access.client())?;
+    }
+    Ok(())
+}
+
+fn bind(what: &str, address: std::net::SocketAddr) -> anyhow::Result<std::net::TcpListener> {
+    http::bind(address).with_context(|| {
+        format!(
+            "cannot listen on {address} (--{what}-addr, --{what}-port); choose another, or stop who uses it"
+        )
+    })
+}
+
+/// An answer that may block, on a thread where that is allowed.
+fn answer<F>(
+    desk: &Arc<Desk>,
+    respond: F,
+) -> impl Fn(Request) -> futures::future::BoxFuture<'static, Answer> + Send + Sync + 'static
+where
+    F: Fn(&Desk, &Request) -> Answer + Clone + Send + Sync + 'static,
+{
+    let desk = desk.clone();
+    move |request| {
+        let (desk, respond) = (desk.clone(), respond.clone());
+        Box::pin(async move {
+            match tokio::task::spawn_blocking(move || respond(&desk, &request)).await {
+                Ok(answer) => answer,
+                Err(error) => match error.try_into_panic() {
+                    // Not swallowed here: the server's end names it.
+                    Ok(payload) => std::panic::resume_unwind(payload),
+                    Err(_) => Answer::text(StatusCode::SERVICE_UNAVAILABLE, "stopping\n"),
+                },
+            }
+        })
+    }
+}
+
+/// SIGTERM and SIGINT, from the moment this exists: none is lost between two looks.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        let name = tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        };
+        tracing::info!(signal = name, "told to stop");
+    }
+}
+
+async fn until_listed(cluster: &Cluster, kinds: &[cluster::Kind]) {
+    while !cluster.read().has_listed(kinds) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn warn_when_unlisted(cluster: Cluster, kinds: Vec<cluster::Kind>, limit: Duration) {
+    if tokio::time::timeout(limit, until_listed(&cluster, &kinds)).await.is_err() {
+        tracing::warn!(
+            seconds = limit.as_secs(),
+            "the cluster is not listed yet (--cache-sync-timeout); the kernel keeps its state and the watches go on"
+        );
+    }
+}
