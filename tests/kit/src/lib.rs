@@ -1,1 +1,42 @@
-//! x
+//! A cluster in one kernel, for tests.
+//!
+//! Nodes, pods, an outside client and a router are network namespaces of this process; pods are echo
+//! servers inside it; the `ferroute` binary runs once per node with its real command line.
+//!
+//! - [`netns`]: one namespace, entered per closure, gone when dropped.
+//! - [`link`]: links, addresses and routes by rtnetlink, written apart from the code under test.
+//! - [`cluster`]: the layout: nodes, router, client, pod CIDRs, Node objects.
+//! - [`pod`] and [`workload`]: pods and the echo servers they run.
+//! - [`traffic`]: clients, request tallies, steady load and long-lived flows.
+//! - [`daemon`]: a real process in a node: start, ready, terminate, kill, logs.
+//! - [`kubelet`]: pods that the API server assigned come alive.
+//! - [`snapshot`] and [`stranger`]: what the kernel holds, and objects that must stay untouched.
+//! - [`kernel`]: what this kernel offers; says what is missing outside a lab.
+//! - [`assert`]: poll to a deadline; a failure prints desired, actual and difference.
+//!
+//! Test binaries that use it are named `lab_*` and run through `scripts/lab`. Each test takes
+//! [`serial`] first and builds its own cluster.
+
+pub mod assert;
+pub mod cluster;
+pub mod kernel;
+pub mod link;
+pub mod netns;
+pub mod pod;
+pub mod traffic;
+pub mod workload;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub use cluster::{Cluster, Families, Node};
+pub use netns::Netns;
+pub use pod::{Pod, PodSpec};
+pub use traffic::{Answer, Flow, Load, Protocol, Reply, Tally};
+
+static SERIAL: Mutex<()> = Mutex::new(());
+
+/// Held by each lab test while it runs: the lab kernel has one CPU and one set of modules, so tests
+/// of a binary run one after the other. A failed test does not stop the next.
+pub fn serial() -> MutexGuard<'static, ()> {
+    SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
+}
