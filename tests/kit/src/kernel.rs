@@ -1,70 +1,10 @@
 //! What this kernel offers, and what is missing.
 
-use std::fs;
-use std::path::Path;
-use std::process::Command;
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use crate::Netns;
-
-/// Modules of a modular lab kernel, in one call: one modprobe each costs 60 ms in User-Mode Linux.
-/// Names that a kernel lacks (built in, renamed) do no harm; what is needed is checked afterwards.
-const MODULES: &[&str] = &[
-    "ipv6",
-    "sctp",
-    "dummy",
-    "veth",
-    "bridge",
-    "br_netfilter",
-    "ip_vs",
-    "ip_vs_rr",
-    "ip_vs_wrr",
-    "ip_vs_lc",
-    "ip_vs_wlc",
-    "ip_vs_lblc",
-    "ip_vs_lblcr",
-    "ip_vs_dh",
-    "ip_vs_sh",
-    "ip_vs_mh",
-    "ip_vs_sed",
-    "ip_vs_nq",
-    "ip_vs_fo",
-    "ip_vs_ovf",
-    "ipip",
-    "xt_ipvs",
-    "xt_set",
-    "iptable_filter",
-    "iptable_nat",
-    "iptable_mangle",
-    "iptable_raw",
-    "ip6table_filter",
-    "ip6table_nat",
-    "ip6table_mangle",
-    "ip6table_raw",
-    "xt_comment",
-    "xt_conntrack",
-    "xt_mark",
-    "xt_connmark",
-    "xt_addrtype",
-    "xt_multiport",
-    "xt_tcpudp",
-    "xt_physdev",
-    "xt_MASQUERADE",
-    "xt_nat",
-    "xt_TCPMSS",
-    "xt_CT",
-    "ipt_REJECT",
-    "ip6t_REJECT",
-    "nf_conntrack_netlink",
-    "ip_set_hash_ip",
-    "ip_set_hash_net",
-    "ip_set_hash_ipport",
-    "ip_set_hash_netport",
-    "ip_set_hash_ipportnet",
-    "ip_set_hash_ipportip",
-];
 
 /// What tests may choose by.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,14 +35,6 @@ pub fn require() -> Result<&'static Kernel> {
 }
 
 fn probe() -> Result<Kernel> {
-    // Only in a lab kernel of our own are modules and the module loader ours to touch.
-    if std::env::var_os("UML").is_some() && !Path::new("/proc/net/ip_vs").exists() {
-        for module in MODULES.chunks(MODULES.len()) {
-            let _ = Command::new("modprobe").arg("-qa").args(module).status();
-        }
-        // With everything loaded, legacy iptables need not start modprobe 60 ms at a time.
-        fs::write("/proc/sys/kernel/modprobe", "\n").context("switch the kernel's module loader off")?;
-    }
     let netns = Netns::new("probe")?;
     let mut missing = Vec::new();
     if netns.sysctl("net/ipv4/vs/conntrack").is_err() {

@@ -19,18 +19,27 @@
 
 pub mod assert;
 pub mod cluster;
+pub mod daemon;
+pub mod http;
 pub mod kernel;
+pub mod kubelet;
 pub mod link;
 pub mod netns;
 pub mod pod;
+pub mod snapshot;
+pub mod stranger;
 pub mod traffic;
 pub mod workload;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use cluster::{Cluster, Families, Node};
+pub use daemon::Daemon;
+pub use kubelet::Kubelet;
 pub use netns::Netns;
 pub use pod::{Pod, PodSpec};
+pub use snapshot::KernelSnapshot;
+pub use stranger::Stranger;
 pub use traffic::{Answer, Flow, Load, Protocol, Reply, Tally};
 
 static SERIAL: Mutex<()> = Mutex::new(());
