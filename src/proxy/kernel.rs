@@ -64,9 +64,8 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Opens every handle for writing, makes the dummy link, sets the IPVS timeouts, and watches
-    /// the network; `waker` is called when it changes.
-    pub fn open(settings: &Settings, waker: Waker) -> Result<Self, Error> {
+    /// Opens every handle for writing, makes the dummy link and sets the IPVS timeouts.
+    pub fn open(settings: &Settings) -> Result<Self, Error> {
         let mut vital = Vec::new();
         for finding in kernel::inspect() {
             match finding.present {
@@ -84,14 +83,17 @@ impl Kernel {
         if !vital.is_empty() {
             return Err(Error::Kernel(vital.join("; ")));
         }
-        let flags = Arc::new(HostFlags::default());
-        let watching = watch(flags.clone(), waker)?;
         let mut kernel = Self::open_handles()?;
-        kernel.flags = flags;
-        kernel._watching = Some(watching);
         kernel.ensure_link()?;
         kernel.set_timeouts(settings)?;
         Ok(kernel)
+    }
+
+    /// Starts watching the network; `waker` is called when it changes. Called on the room's own
+    /// thread, so that the watching thread has no more capabilities than the room.
+    pub fn watch(&mut self, waker: Waker) -> Result<(), Error> {
+        self._watching = Some(watch(self.flags.clone(), waker)?);
+        Ok(())
     }
 
     /// Opens every handle for reading; nothing is made or changed.

@@ -71,7 +71,7 @@ impl Room {
     ) -> Result<(Self, View), Error> {
         let runtime = tokio::runtime::Handle::try_current().map_err(|_| Error::Runtime)?;
         let (view, shared, requests) = View::new(subscription.waker());
-        let kernel = Kernel::open(&settings, view.waker())?;
+        let kernel = Kernel::open(&settings)?;
         let ledger = Ledger::new(kernel.families());
         let schedule = Schedule::new(settings.audit_period, Instant::now());
         let room = Self {
@@ -99,6 +99,8 @@ impl Room {
 
     /// Runs until [`View::stop`]. Kernel state stays as it is: the data plane outlives the daemon.
     pub fn run(mut self) -> Result<(), Error> {
+        // Watch first, read afterwards: what changes in between is then seen, not missed.
+        self.kernel.watch(self.subscription.waker())?;
         loop {
             let now = Instant::now();
             let due = self.next_drain_tick.into_iter().chain([self.schedule.next_due()]).min();

@@ -128,10 +128,6 @@ impl View {
         (Self { shared: shared.clone(), requests, waker }, shared, receiver)
     }
 
-    pub(super) fn waker(&self) -> Waker {
-        self.waker.clone()
-    }
-
     /// Ends the room's thread after the pass it is in. Kernel state stays.
     pub fn stop(&self) {
         self.shared.stopping.store(true, Ordering::Release);
