@@ -214,12 +214,7 @@ impl Builder {
             }
             create("nodes", "", node.object())?;
         }
-        for object in own_service(&self.settings) {
-            let resource = match object["kind"].as_str() {
-                Some("Service") => "services",
-                Some("EndpointSlice") => "endpointslices.discovery.k8s.io",
-                _ => "endpoints",
-            };
+        for (resource, object) in own_service(&self.settings) {
             create(resource, "default", object)?;
         }
         Ok(())
@@ -227,7 +222,7 @@ impl Builder {
 }
 
 /// default/kubernetes, with its slice and Endpoints: the address of this server.
-fn own_service(settings: &Settings) -> Vec<Value> {
+pub fn own_service(settings: &Settings) -> Vec<(&'static str, Value)> {
     let Some(range) = settings.service_cidrs.first() else { return Vec::new() };
     let v4 = range.addr().is_ipv4();
     let addresses: Vec<String> =
@@ -255,5 +250,5 @@ fn own_service(settings: &Settings) -> Vec<Value> {
         "kind": "Endpoints", "apiVersion": "v1", "metadata": {"name": "kubernetes"},
         "subsets": [{"addresses": ips, "ports": [{"name": "https", "port": port, "protocol": "TCP"}]}],
     });
-    vec![service, slice, legacy]
+    vec![("services", service), ("endpointslices.discovery.k8s.io", slice), ("endpoints", legacy)]
 }

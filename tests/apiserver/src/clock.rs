@@ -57,13 +57,26 @@ pub fn suffix() -> String {
     letters(mix(seed ^ COUNTER.fetch_add(1, Ordering::Relaxed).rotate_left(17)), 5)
 }
 
-/// A stable name part for a value, as `pod-template-hash`.
+/// A stable name part for a value, as `pod-template-hash`. Null and empty fields do not count: clients
+/// that pass a template through typed structs add some.
 pub fn digest(value: &Value) -> String {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for byte in value.to_string().bytes() {
+    for byte in without_empty(value).to_string().bytes() {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     }
     letters(mix(hash), 10)
+}
+
+fn without_empty(value: &Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let kept = map.iter().map(|(k, v)| (k.clone(), without_empty(v)));
+            let empty = |v: &Value| v.is_null() || v.as_object().is_some_and(serde_json::Map::is_empty);
+            Value::Object(kept.filter(|(_, v)| !empty(v)).collect())
+        }
+        Value::Array(list) => Value::Array(list.iter().map(without_empty).collect()),
+        plain => plain.clone(),
+    }
 }
 
 fn letters(mut number: u64, count: usize) -> String {

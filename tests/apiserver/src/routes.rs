@@ -107,7 +107,11 @@ impl Call {
                 .map_err(|e| Refusal::bad_request(format!("error converting YAML to JSON: {e}")));
         }
         if self.content_type.contains("protobuf") {
-            return Err(Refusal::new(415, "UnsupportedMediaType", "protobuf is not served here, use JSON"));
+            return Err(Refusal::new(
+                415,
+                "UnsupportedMediaType",
+                "this server reads JSON and YAML, no protobuf: use `kubectl create -f`",
+            ));
         }
         serde_json::from_slice(&self.body)
             .map_err(|e| Refusal::bad_request(format!("couldn't parse the body as JSON: {e}")))
@@ -163,7 +167,9 @@ async fn route(state: Arc<State>, request: Request<Incoming>) -> Result<Response
         | ["apis", "authorization.k8s.io", _, "namespaces", _, kind]
             if call.method == Method::POST =>
         {
-            return Ok(json_answer(201, &allowed(kind, call.object()?)));
+            // The answer is the same whatever is asked, in protobuf too.
+            let review = call.object().unwrap_or_else(|_| json!({"apiVersion": "authorization.k8s.io/v1"}));
+            return Ok(json_answer(201, &allowed(kind, review)));
         }
         _ => {}
     }
@@ -216,6 +222,10 @@ fn allowed(kind: &str, mut review: Value) -> Value {
         } else {
             json!({"allowed": true})
         };
+        let kinds = ["SelfSubjectAccessReview", "SelfSubjectRulesReview", "SubjectAccessReview"];
+        if let Some(kind) = kinds.iter().find(|k| kind.starts_with(&k.to_lowercase())) {
+            map.insert("kind".into(), (*kind).into());
+        }
         map.insert("status".into(), status);
     }
     review

@@ -31,13 +31,13 @@ impl Cause {
     /// A value that is not acceptable.
     pub fn invalid(
         field: impl Into<String>,
-        value: impl std::fmt::Debug,
+        value: impl serde::Serialize,
         why: impl std::fmt::Display,
     ) -> Self {
         Self {
             reason: "FieldValueInvalid",
             field: field.into(),
-            message: format!("Invalid value: {value:?}: {why}"),
+            message: format!("Invalid value: {}: {why}", json!(value)),
         }
     }
 
@@ -47,20 +47,24 @@ impl Cause {
     }
 
     /// A value that may stand only once.
-    pub fn duplicate(field: impl Into<String>, value: impl std::fmt::Debug) -> Self {
+    pub fn duplicate(field: impl Into<String>, value: impl serde::Serialize) -> Self {
         Self {
             reason: "FieldValueDuplicate",
             field: field.into(),
-            message: format!("Duplicate value: {value:?}"),
+            message: format!("Duplicate value: {}", json!(value)),
         }
     }
 
     /// A value outside a fixed set.
-    pub fn unsupported(field: impl Into<String>, value: impl std::fmt::Debug, supported: &[&str]) -> Self {
+    pub fn unsupported(field: impl Into<String>, value: impl serde::Serialize, supported: &[&str]) -> Self {
         Self {
             reason: "FieldValueNotSupported",
             field: field.into(),
-            message: format!("Unsupported value: {value:?}: supported values: {}", supported.join(", ")),
+            message: format!(
+                "Unsupported value: {}: supported values: {}",
+                json!(value),
+                supported.join(", ")
+            ),
         }
     }
 

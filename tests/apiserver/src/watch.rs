@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, sleep_until};
 
 use crate::faults::{StreamingLists, WatchFaults};
@@ -60,9 +61,12 @@ pub fn start(
         _ => {}
     }
     let (sender, receiver) = mpsc::channel(8);
+    // From here on a fault hits this watch, even before its task runs.
+    let faults = state.faults.watches.subscribe();
+    let began = faults.borrow().clone();
     tokio::spawn(async move {
         let mut stream = Stream { state, request, sender, buffer: BytesMut::new() };
-        if let Err(Ended::Cut) = stream.run().await {
+        if let Err(Ended::Cut) = stream.run(faults, began).await {
             let _ = stream.sender.send(Err(io::ErrorKind::ConnectionAborted.into())).await;
         }
     });
@@ -83,11 +87,9 @@ struct Stream {
 }
 
 impl Stream {
-    async fn run(&mut self) -> Result<(), Ended> {
+    async fn run(&mut self, mut faults: Receiver<WatchFaults>, began: WatchFaults) -> Result<(), Ended> {
         let storage = self.request.resource.storage.clone();
         let mut changed = self.state.store.subscribe_to(&storage);
-        let mut faults = self.state.faults.watches.subscribe();
-        let began = faults.borrow_and_update().clone();
         let deadline = Instant::now() + self.request.timeout;
         let mut bookmark_at = Instant::now() + self.state.settings.bookmark_interval;
         let mut cursor = self.first(&storage).await?;

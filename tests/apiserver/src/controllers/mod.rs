@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use crate::builder::own_service;
 use crate::registry::Resource;
 use crate::selector::{LabelSelector, Labels, Scope};
 use crate::state::State;
@@ -142,6 +143,13 @@ impl Controllers {
                 self.due.insert(Task::Pod(key));
             }
             "services" => {
+                if change.deleted && key.namespace == "default" && key.name == "kubernetes" {
+                    // The server's own Service always comes back.
+                    for (storage, object) in own_service(&self.state.settings) {
+                        self.create(storage, "default", object);
+                    }
+                    return;
+                }
                 let selector = LabelSelector::from_map(&value["spec"]["selector"]);
                 let names = self.selectors.entry(key.namespace.clone()).or_default();
                 if change.deleted || selector.is_empty() {
