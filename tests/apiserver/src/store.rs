@@ -36,20 +36,23 @@ pub struct Object {
     pub revision: u64,
     /// `metadata.labels`.
     pub labels: Labels,
+    /// Loaded or planted: controllers do not react to it.
+    pub quiet: bool,
     /// Its JSON, as lists and watches send it.
     pub bytes: Bytes,
     value: OnceLock<Arc<Value>>,
 }
 
 impl Object {
-    fn new(key: Key, revision: u64, value: Value, keep_parsed: bool) -> Self {
+    fn new(key: Key, revision: u64, value: Value, quiet: bool) -> Self {
         let labels = labels_of(&value);
         let bytes = Bytes::from(serde_json::to_vec(&value).unwrap_or_default());
         let cell = OnceLock::new();
-        if keep_parsed {
+        // Bulk loads stay small: they are parsed when somebody asks.
+        if !quiet {
             let _ = cell.set(Arc::new(value));
         }
-        Self { key, revision, labels, bytes, value: cell }
+        Self { key, revision, labels, quiet, bytes, value: cell }
     }
 
     /// The parsed object; null when its bytes are not JSON (garbage planted by a test).
@@ -75,8 +78,6 @@ pub struct Change {
     pub previous: Option<Arc<Object>>,
     /// Whether the object is gone.
     pub deleted: bool,
-    /// Controllers do not react to it (bulk loads, planted garbage).
-    pub quiet: bool,
 }
 
 #[derive(Debug)]
@@ -217,10 +218,10 @@ impl Store {
         inner.revision += 1;
         let revision = inner.revision;
         stamp(&mut value, revision);
-        let object = Arc::new(Object::new(key.clone(), revision, value, !quiet));
+        let object = Arc::new(Object::new(key.clone(), revision, value, quiet));
         let table = inner.tables.entry(storage.to_owned()).or_default();
         table.objects.insert(key, object.clone());
-        let change = Change { revision, object: object.clone(), previous, deleted: false, quiet };
+        let change = Change { revision, object: object.clone(), previous, deleted: false };
         self.record(table, change);
         object
     }
@@ -230,11 +231,10 @@ impl Store {
         let revision = inner.revision;
         let mut value = (**current.value()).clone();
         stamp(&mut value, revision);
-        let object = Arc::new(Object::new(current.key.clone(), revision, value, true));
+        let object = Arc::new(Object::new(current.key.clone(), revision, value, false));
         let table = inner.tables.entry(storage.to_owned()).or_default();
         table.objects.remove(&current.key);
-        let change =
-            Change { revision, object: object.clone(), previous: Some(current), deleted: true, quiet: false };
+        let change = Change { revision, object: object.clone(), previous: Some(current), deleted: true };
         self.record(table, change);
         object
     }
@@ -270,12 +270,13 @@ impl Store {
             key: key.clone(),
             revision,
             labels: Labels::new(),
+            quiet: true,
             bytes,
             value: OnceLock::new(),
         });
         let table = inner.tables.entry(storage.to_owned()).or_default();
         let previous = table.objects.insert(key, object.clone());
-        self.record(table, Change { revision, object, previous, deleted: false, quiet: true });
+        self.record(table, Change { revision, object, previous, deleted: false });
     }
 
     /// All objects of a resource that a scope contains.

@@ -129,6 +129,9 @@ impl State {
             let shown = crate::form::in_version(resource, old);
             let mut new = revise(&shown)?;
             admission::check_kind(resource, &mut new)?;
+            if admission::child(&mut new, "metadata").is_none() {
+                return Err(Refusal::bad_request("metadata must be an object"));
+            }
             check_precondition(resource, key, old, &new)?;
             if resource.group == "events.k8s.io" {
                 events::to_core(&mut new);
@@ -470,6 +473,9 @@ fn scaled(object: &Value, replicas: Value) -> Result<Value, Refusal> {
         return Err(Refusal::invalid("Scale", "autoscaling", "", &[cause]));
     }
     let mut object = object.clone();
-    object["spec"]["replicas"] = replicas;
+    match admission::child(&mut object, "spec") {
+        Some(spec) => spec["replicas"] = replicas,
+        None => return Err(Refusal::bad_request("spec is not an object")),
+    }
     Ok(object)
 }

@@ -315,3 +315,70 @@ fn the_servers_own_service_always_comes_back() {
     server.delete("services", "default", "kubernetes").unwrap();
     server.wait_for("it is back", SOON, |s| s.get("services", "default", "kubernetes").is_some()).unwrap();
 }
+
+/// Every field of an object in turn replaced by a value of another type.
+fn deformed(object: &Value) -> Vec<Value> {
+    let strange = [json!("text"), json!(7), json!([1]), json!({"a": 1}), json!(null), json!(true)];
+    let mut found = Vec::new();
+    let children: Vec<(String, Value)> = match object {
+        Value::Object(map) => {
+            map.iter().map(|(k, v)| (format!("/{}", k.replace('/', "~1")), v.clone())).collect()
+        }
+        Value::Array(list) => list.iter().enumerate().map(|(n, v)| (format!("/{n}"), v.clone())).collect(),
+        _ => return found,
+    };
+    for (path, child) in children {
+        for value in strange.iter().cloned().chain(deformed(&child)) {
+            let mut copy = object.clone();
+            *copy.pointer_mut(&path).unwrap() = value;
+            found.push(copy);
+        }
+    }
+    found
+}
+
+#[test]
+fn malformed_objects_stop_nothing() {
+    let server = dual_stack().load_balancers(["203.0.113.0/24".parse().unwrap()]).start().unwrap();
+    let lb = service(
+        "web",
+        json!({"type": "LoadBalancer", "clusterIPs": ["10.96.9.9"], "clusterIP": "10.96.9.9"}),
+    );
+    let mut set = deployment("db", 1, "i");
+    set["kind"] = "StatefulSet".into();
+    let node = ferroute_apiserver::NodeSpec::new("odd", ["192.0.2.77".parse().unwrap()]).object();
+    let pod = json!({"metadata": {"name": "p", "labels": {"app": "web"}, "ownerReferences": [{"uid": "u"}]},
+        "spec": {"containers": [{"name": "c"}]}, "status": {"podIPs": [{"ip": "10.0.0.1"}]}});
+    let kinds = [
+        ("services", "default", lb),
+        ("deployments.apps", "default", deployment("web", 1, "i")),
+        ("statefulsets.apps", "default", set),
+        ("nodes", "", node),
+        ("pods", "default", pod),
+    ];
+    let mut sent = 0;
+    for (resource, namespace, object) in &kinds {
+        for strange in deformed(object) {
+            // Refused or taken: both are fine, and so is what follows.
+            let name = strange["metadata"]["name"].as_str().unwrap_or("web").to_owned();
+            let _ = server.create(resource, namespace, strange.clone());
+            let _ = server.patch(resource, namespace, &name, strange.clone());
+            let _ = server.patch_status(resource, namespace, &name, strange);
+            if sent % 3 == 0 {
+                let _ = server.delete_now(resource, namespace, &name);
+            }
+            sent += 1;
+        }
+    }
+    server.inflict(ferroute_apiserver::Fault::Compact { resource: None }).unwrap();
+    println!("{sent} malformed objects");
+    server.create("namespaces", "", json!({"metadata": {"name": "calm"}})).unwrap();
+    let mut last = deployment("last", 2, "i");
+    last["metadata"]["namespace"] = "calm".into();
+    server.apply_object(last).unwrap();
+    server
+        .wait_for("the controllers still work", SOON, |s| {
+            s.list("pods", "calm").iter().filter(|p| p["status"]["phase"] == "Running").count() == 2
+        })
+        .unwrap();
+}

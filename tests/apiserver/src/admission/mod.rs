@@ -327,6 +327,9 @@ fn check_workload(object: &Value, old: Option<&Value>, causes: &mut Vec<Cause>) 
             "`selector` does not match template `labels`",
         ));
     }
+    if spec["template"]["spec"]["containers"].as_array().is_none_or(Vec::is_empty) {
+        causes.push(Cause::required("spec.template.spec.containers", "must have at least one container"));
+    }
     if old.is_some_and(|old| old["spec"]["selector"] != spec["selector"]) {
         causes.push(Cause::invalid("spec.selector", &spec["selector"], "field is immutable"));
     }

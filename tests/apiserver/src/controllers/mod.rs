@@ -112,17 +112,17 @@ impl Controllers {
             match self.state.store.changes(storage, cursor) {
                 Ok((changes, revision)) => {
                     self.cursors.insert(storage, revision);
-                    for change in changes.iter().filter(|c| !c.quiet) {
+                    for change in changes.iter().filter(|c| !c.object.quiet) {
                         self.note(storage, change);
                     }
                 }
                 Err(_) => {
                     // The history was compacted: look at everything.
                     self.cursors.insert(storage, self.state.store.revision());
-                    for object in self.state.store.all(storage, &Scope::default()) {
+                    let all = self.state.store.all(storage, &Scope::default());
+                    for object in all.into_iter().filter(|o| !o.quiet) {
                         let revision = object.revision;
-                        let change =
-                            Change { revision, object, previous: None, deleted: false, quiet: false };
+                        let change = Change { revision, object, previous: None, deleted: false };
                         self.note(storage, &change);
                     }
                 }

@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use super::Controllers;
+use crate::admission::child;
 use crate::selector::Scope;
 use crate::store::Key;
 use crate::verbs::Part;
@@ -54,7 +55,9 @@ impl Controllers {
             .collect();
         if !chosen.is_empty() {
             self.write("services", key, Part::Status, |s| {
-                s["status"]["loadBalancer"] = json!({"ingress": chosen})
+                if let Some(status) = child(s, "status") {
+                    status["loadBalancer"] = json!({"ingress": chosen});
+                }
             });
         }
     }
