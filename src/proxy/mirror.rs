@@ -228,3 +228,202 @@ pub fn desired_routes(ledger: &Ledger, facts: &Facts, device: u32) -> BTreeMap<R
 fn vip_route(vip: IpAddr, facts: &Facts, device: u32) -> Route {
     Route::local(IpNet::from(vip), device, facts.address(vip.is_ipv6()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use ferroute_iptables::Family;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::cluster::ServiceKey;
+    use crate::cluster::service::{Service, ServiceType, TrafficPolicy};
+    use crate::proxy::desired::{Slices, desired};
+    use crate::proxy::fixture;
+
+    /// One random state of one of a few Services that compete for a few addresses.
+    #[derive(Clone, Debug)]
+    struct Move {
+        name: u8,
+        gone: bool,
+        created: i64,
+        external: Vec<u8>,
+        node_port: Option<u16>,
+        local: bool,
+        guarded: bool,
+        hairpin: bool,
+        udp: bool,
+        endpoints: BTreeSet<(u8, bool)>,
+    }
+
+    fn moves() -> impl Strategy<Value = Vec<Move>> {
+        let one = (
+            0u8..4,
+            proptest::bool::weighted(0.2),
+            0i64..3,
+            proptest::collection::vec(1u8..4, 0..3),
+            proptest::option::of(30_000u16..30_002),
+            any::<(bool, bool, bool, bool)>(),
+            proptest::collection::btree_set((1u8..5, any::<bool>()), 0..4),
+        )
+            .prop_map(
+                |(name, gone, created, external, node_port, (local, guarded, hairpin, udp), endpoints)| {
+                    Move { name, gone, created, external, node_port, local, guarded, hairpin, udp, endpoints }
+                },
+            );
+        proptest::collection::vec(one, 1..24)
+    }
+
+    fn state(step: &Move) -> (ServiceKey, Option<crate::proxy::desired::ServiceState>) {
+        let name = format!("s{}", step.name);
+        let protocol = if step.udp { Protocol::Udp } else { Protocol::Tcp };
+        let mut service = Service {
+            created: step.created,
+            kind: ServiceType::LoadBalancer,
+            cluster_ips: vec![[10, 96, 0, step.name].into()],
+            external_ips: step.external.iter().map(|host| [203, 0, 113, *host].into()).collect(),
+            load_balancer_ips: step.external.iter().map(|host| [203, 0, 113, 128 + *host].into()).collect(),
+            ports: vec![fixture::port("http", protocol, 80, step.node_port)],
+            external_policy: if step.local { TrafficPolicy::Local } else { TrafficPolicy::Cluster },
+            source_ranges: if step.guarded { vec!["192.0.2.0/24".parse().unwrap()] } else { Vec::new() },
+            ..fixture::service(&name)
+        };
+        service.annotations.hairpin = step.hairpin;
+        let endpoints = step
+            .endpoints
+            .iter()
+            .map(|(host, here)| fixture::endpoint(*host, "rs", if *here { "n1" } else { "n2" }))
+            .collect();
+        let slices = Slices::from([(
+            std::sync::Arc::from("a"),
+            std::sync::Arc::new(fixture::slice(&[("http", protocol, 8080)], endpoints)),
+        )]);
+        let wanted =
+            desired(&service, Some(&slices), &fixture::facts(), &fixture::settings(), &BTreeSet::new());
+        (service.key.clone(), (!step.gone).then_some(wanted))
+    }
+
+    fn apply(mirror: &mut Mirror, changes: &Changes) {
+        ipset::apply_to(&mut mirror.sets, &changes.sets_first);
+        for change in changes.servers.iter().chain(&changes.servers_last) {
+            ipvs::apply_to(&mut mirror.servers, change).unwrap();
+        }
+        for change in &changes.routes {
+            match change {
+                RouteChange::Add(route) | RouteChange::Replace(route) => {
+                    mirror.routes.insert(route.key, *route);
+                }
+                RouteChange::Delete(route) => {
+                    mirror.routes.remove(&route.key).unwrap();
+                }
+            }
+        }
+        ipset::apply_to(&mut mirror.sets, &changes.sets_last);
+    }
+
+    fn compare(mirror: &Mirror, ledger: &Ledger, scope: &Scope<'_>) -> Changes {
+        diff(mirror, ledger, &mut Drains::default(), &fixture::facts(), 7, scope, None, Instant::now())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        /// Whatever the order of events: applying only what each event touched leaves the kernel as a
+        /// full comparison wants it, and as a ledger that only ever saw the end.
+        #[test]
+        fn narrow_passes_reach_what_a_full_pass_wants(steps in moves()) {
+            let mut ledger = Ledger::new(&Family::BOTH);
+            let mut mirror = Mirror::default();
+            let node = ledger.put_node(&fixture::facts());
+            let changes = compare(&mirror, &ledger, &Scope::Touched(&node));
+            apply(&mut mirror, &changes);
+            let changes = compare(&mirror, &ledger, &Scope::All);
+            apply(&mut mirror, &changes);
+            let mut last = BTreeMap::new();
+            for step in &steps {
+                let (key, wanted) = state(step);
+                let touched = ledger.put(&key, wanted.clone());
+                let changes = compare(&mirror, &ledger, &Scope::Touched(&touched));
+                apply(&mut mirror, &changes);
+                let rest = compare(&mirror, &ledger, &Scope::All);
+                prop_assert!(rest.is_empty(), "left after {step:?}: {:?}", rest.describe());
+                // The same state again costs nothing.
+                let again = ledger.put(&key, wanted.clone());
+                prop_assert!(again.servers.is_empty() && again.entries.is_empty() && again.vips.is_empty());
+                last.insert(key, wanted);
+            }
+            let mut fresh = Ledger::new(&Family::BOTH);
+            fresh.put_node(&fixture::facts());
+            for (key, wanted) in last {
+                fresh.put(&key, wanted);
+            }
+            prop_assert_eq!(fresh.servers(), ledger.servers());
+            prop_assert_eq!(fresh.sets(), ledger.sets());
+        }
+    }
+
+    #[test]
+    fn one_endpoint_is_one_message() {
+        let mut ledger = Ledger::new(&[Family::V4]);
+        let mut mirror = Mirror::default();
+        let step = |endpoints: &[(u8, bool)]| Move {
+            name: 1,
+            gone: false,
+            created: 0,
+            external: Vec::new(),
+            node_port: None,
+            local: false,
+            guarded: false,
+            hairpin: false,
+            udp: false,
+            endpoints: endpoints.iter().copied().collect(),
+        };
+        let (key, wanted) = state(&step(&[(1, true), (2, false)]));
+        ledger.put(&key, wanted);
+        let changes = compare(&mirror, &ledger, &Scope::All);
+        apply(&mut mirror, &changes);
+        let (key, wanted) = state(&step(&[(1, true), (2, false), (3, false)]));
+        let touched = ledger.put(&key, wanted);
+        let changes = compare(&mirror, &ledger, &Scope::Touched(&touched));
+        assert_eq!(
+            changes.describe(),
+            ["add destination 10.244.1.3:8080 to virtual server TCP 10.96.0.1:80"]
+        );
+    }
+
+    #[test]
+    fn udp_changes_name_what_went_and_what_has_somebody_at_last() {
+        let server = |hosts: &[u8]| {
+            let options = ipvs::Options {
+                scheduler: ipvs::Scheduler::RR,
+                flags: ipvs::Flags::NONE,
+                timeout: 0,
+                netmask: ipvs::Netmask::host(ipvs::Family::V4),
+            };
+            let list =
+                hosts.iter().map(|h| ipvs::Destination::masquerade([10, 0, 0, *h].into(), 53, 1)).collect();
+            Arc::new(ipvs::VirtualServer::new(options, list))
+        };
+        let key = |port| ipvs::VirtualServerKey::Address {
+            protocol: ipvs::Protocol::Udp,
+            address: [10, 96, 0, 53].into(),
+            port,
+        };
+        let mut mirror = Mirror::default();
+        mirror.servers.insert(key(53), server(&[1, 2]));
+        mirror.servers.insert(key(54), server(&[]));
+        let changes = Changes {
+            wanted: BTreeMap::from([
+                (key(53), Some(server(&[2, 3]))),
+                (key(54), Some(server(&[1]))),
+                (key(55), None),
+            ]),
+            ..Changes::default()
+        };
+        let udp = changes.udp(&mirror, |_| Some(Protocol::Udp));
+        assert_eq!(udp.removed, [(key(53), [10, 0, 0, 1].into(), 53)]);
+        assert_eq!(udp.appeared, [key(54)]);
+        assert_eq!(changes.udp(&mirror, |_| Some(Protocol::Tcp)), UdpChanges::default());
+    }
+}
