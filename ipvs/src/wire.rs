@@ -553,3 +553,165 @@ fn decode_flags(attribute: Attribute<'_>) -> Result<Flags, DecodeError> {
         .map(|bits| Flags::from_bits(u32::from_ne_bytes(*bits)))
         .ok_or(DecodeError::Size { kind: attribute.kind, expected: 8, actual: attribute.payload.len() })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const CHANGE: u16 = 0x1c;
+
+    fn any_address() -> impl Strategy<Value = IpAddr> {
+        prop_oneof![any::<Ipv4Addr>().prop_map(IpAddr::from), any::<Ipv6Addr>().prop_map(IpAddr::from)]
+    }
+
+    fn any_key() -> impl Strategy<Value = VirtualServerKey> {
+        let protocol = prop::sample::select(vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp]);
+        let family = prop::sample::select(vec![Family::V4, Family::V6]);
+        prop_oneof![
+            (protocol, any_address(), any::<u16>())
+                .prop_map(|(protocol, address, port)| VirtualServerKey::Address { protocol, address, port }),
+            (family, 1..=u32::MAX).prop_map(|(family, mark)| VirtualServerKey::Mark { family, mark }),
+        ]
+    }
+
+    fn any_options(family: Family) -> impl Strategy<Value = Options> {
+        let netmask = (any::<Ipv4Addr>(), 0..=128u8).prop_map(move |(mask, prefix)| match family {
+            Family::V4 => Netmask::V4(mask),
+            Family::V6 => Netmask::V6(prefix),
+        });
+        ("[!-~]{1,15}", any::<u32>(), any::<u32>(), netmask).prop_map(|(name, flags, timeout, netmask)| {
+            Options {
+                scheduler: Scheduler::new(&name).unwrap(),
+                flags: Flags::from_bits(flags),
+                timeout,
+                netmask,
+            }
+        })
+    }
+
+    fn any_destination() -> impl Strategy<Value = Destination> {
+        let kind = prop_oneof![
+            Just(TunnelKind::Ipip),
+            Just(TunnelKind::Gue),
+            Just(TunnelKind::Gre),
+            (3..=u8::MAX).prop_map(TunnelKind::Other),
+        ];
+        let tunnel =
+            (kind, any::<u16>(), any::<u16>()).prop_map(|(kind, port, flags)| Tunnel { kind, port, flags });
+        let forwarding = prop_oneof![
+            Just(Forwarding::Masquerade),
+            Just(Forwarding::LocalNode),
+            tunnel.prop_map(Forwarding::Tunnel),
+            Just(Forwarding::DirectRoute),
+            Just(Forwarding::Bypass),
+            (5..=7u8).prop_map(Forwarding::Other),
+        ];
+        (any_address(), any::<u16>(), forwarding, any::<u32>(), any::<u32>(), any::<u32>()).prop_map(
+            |(address, port, forwarding, weight, upper_threshold, lower_threshold)| Destination {
+                address,
+                port,
+                forwarding,
+                weight,
+                upper_threshold,
+                lower_threshold,
+            },
+        )
+    }
+
+    /// The only message of a batch, without its netlink header. Requests and answers have one form.
+    fn payload(batch: &Batch) -> &[u8] {
+        &batch.bytes()[16..]
+    }
+
+    proptest! {
+        #[test]
+        fn servers_come_back_as_sent((key, options) in any_key().prop_flat_map(|key| {
+            (Just(key), any_options(key.family()))
+        })) {
+            let mut batch = Batch::new();
+            change(&mut batch, CHANGE, &Change::CreateServer { key, options });
+            let answer = decode_server(payload(&batch)).unwrap();
+            prop_assert_eq!((answer.key, answer.options), (key, options));
+        }
+
+        #[test]
+        fn destinations_come_back_as_sent(server in any_key(), destination in any_destination()) {
+            let mut batch = Batch::new();
+            change(&mut batch, CHANGE, &Change::UpdateDestination { server, destination });
+            let answer = decode_destination(server.family(), payload(&batch)).unwrap();
+            prop_assert_eq!(answer.destination, destination);
+        }
+
+        #[test]
+        fn timeouts_come_back_as_sent(tcp: u32, tcp_fin: u32, udp: u32) {
+            let timeouts = Timeouts { tcp, tcp_fin, udp };
+            let mut batch = Batch::new();
+            set_timeouts(&mut batch, CHANGE, &timeouts);
+            prop_assert_eq!(decode_timeouts(payload(&batch)).unwrap(), timeouts);
+        }
+
+        #[test]
+        fn any_bytes_decode_to_something(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            decode_all(&bytes);
+        }
+
+        #[test]
+        fn damaged_messages_decode_to_something(
+            server in any_key(),
+            destination in any_destination(),
+            damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+            end: prop::sample::Index,
+        ) {
+            let mut batch = Batch::new();
+            change(&mut batch, CHANGE, &Change::CreateDestination { server, destination });
+            let mut bytes = payload(&batch).to_vec();
+            for (at, byte) in damage {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            bytes.truncate(end.index(bytes.len() + 1));
+            decode_all(&bytes);
+        }
+    }
+
+    /// What the fuzz target does.
+    fn decode_all(bytes: &[u8]) {
+        if let Ok(answer) = decode_server(bytes) {
+            let _ = answer.statistics();
+        }
+        for family in [Family::V4, Family::V6] {
+            if let Ok(answer) = decode_destination(family, bytes) {
+                let _ = answer.statistics();
+            }
+        }
+        let _ = (decode_timeouts(bytes), decode_info(bytes));
+    }
+
+    #[test]
+    fn counters_are_read_in_both_widths() {
+        let answer = |wide: bool| {
+            let mut batch = Batch::new();
+            message(&mut batch, CHANGE, command::GET_DEST, 0, |body| {
+                body.nest(top::DEST, |body| {
+                    destination_key(body, &DestinationKey { address: [10, 0, 0, 1].into(), port: 80 });
+                    body.u32(dest::FWD_METHOD, 0);
+                    body.u32(dest::WEIGHT, 1);
+                    body.u32(dest::ACTIVE_CONNS, 3);
+                    body.nest(dest::STATS, |body| (1..=10).for_each(|kind| body.u32(kind, u32::from(kind))));
+                    if wide {
+                        body.nest(dest::STATS64, |body| {
+                            (1..=10).for_each(|kind| body.u64(kind, u64::from(kind) << 40));
+                        });
+                    }
+                });
+            });
+            decode_destination(Family::V4, payload(&batch)).unwrap().statistics().unwrap()
+        };
+        let (narrow, wide) = (answer(false), answer(true));
+        assert_eq!(narrow.active_connections, 3);
+        assert_eq!((narrow.statistics.connections, narrow.statistics.outgoing_bytes_rate), (1, 10));
+        assert_eq!((wide.statistics.connections, wide.statistics.outgoing_bytes_rate), (1 << 40, 10 << 40));
+    }
+}

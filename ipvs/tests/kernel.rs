@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ferroute_ipvs::*;
+use ferroute_netlink::{Batch, Protocol as Netlink, Socket, resolve_family};
 use nix::sched::{CloneFlags, unshare};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
@@ -216,6 +217,40 @@ fn ipvsadm_agrees() {
         let thresholds = run("ipvsadm", &["-Ln", "--thresholds"]);
         let line = thresholds.lines().find(|line| line.contains("10.1.0.1:8080")).unwrap();
         assert_eq!(line.split_whitespace().collect::<Vec<_>>()[2..4], ["100", "50"], "{thresholds}");
+    });
+}
+
+/// The bytes of `golden.txt` themselves, only with the family's number of this kernel.
+#[test]
+fn the_golden_bytes_do_what_they_say() {
+    with_ipvs(|_| {
+        let mut socket = Socket::open(Netlink::Generic).unwrap();
+        let family = resolve_family(&mut socket, wire::FAMILY).unwrap();
+        let mut send = |names: &[&str]| {
+            let mut batch = Batch::new();
+            for name in names {
+                let line =
+                    include_str!("golden.txt").lines().find_map(|line| line.strip_prefix(name)).unwrap();
+                let hex = line.trim().as_bytes().chunks(2);
+                let bytes: Vec<_> = hex
+                    .map(|digits| u8::from_str_radix(std::str::from_utf8(digits).unwrap(), 16).unwrap())
+                    .collect();
+                batch.message(family, 0, |body| body.raw(&bytes[16..]));
+            }
+            assert_eq!(socket.execute(&batch).unwrap(), []);
+            ipvsadm_lines()
+        };
+        let lines = |lines: &[&str]| lines.iter().map(|&line| line.to_owned()).collect::<BTreeSet<_>>();
+        let created = send(&["create-server-v4 ", "create-server-v6-sctp ", "create-server-mark "]);
+        let (v6, mark) = ("-A --sctp-service [fd00::1]:80 -s rr", "-A -f 1073741825 -6 -s rr");
+        assert_eq!(created, lines(&["-A -t 10.96.0.1:443 -s rr", v6, mark]));
+        let filled = send(&["update-server-persistent ", "create-destination ", "create-destination-gue "]);
+        let mh = "-A -t 10.96.0.1:443 -s mh -p 10800 -M 255.255.255.0 -b mh-port";
+        let gue = "-a -f 1073741825 -6 -r [fd00::9]:0 -i -w 7 --tun-type gue --tun-port 6080 --tun-csum";
+        assert_eq!(filled, lines(&[mh, "-a -t 10.96.0.1:443 -r 10.1.2.3:8080 -m -w 1", v6, mark, gue]));
+        let drained = send(&["update-destination "]);
+        assert_eq!(drained, lines(&[mh, "-a -t 10.96.0.1:443 -r 10.1.2.3:8080 -m -w 0", v6, mark, gue]));
+        assert_eq!(send(&["delete-destination ", "delete-server "]), lines(&[mh, mark, gue]));
     });
 }
 

@@ -164,3 +164,64 @@ impl<'a> Iterator for Attributes<'a> {
         Some(Ok(Attribute { kind: u16::from_ne_bytes([k0, k1]) & !FLAG_BITS, payload }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Batch, HEADER};
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_to_an_end(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let mut covered = 0;
+            for attribute in attributes(&bytes) {
+                let Ok(attribute) = attribute else { break };
+                covered += 4 + attribute.payload.len();
+                let _ = (attribute.u8(), attribute.u16(), attribute.u32(), attribute.u64(), attribute.i32());
+                let _ = (attribute.be16(), attribute.be32(), attribute.be64());
+                let _ = (attribute.address(), attribute.string(), attribute.nested().count());
+            }
+            prop_assert!(covered <= bytes.len());
+        }
+
+        #[test]
+        fn what_is_written_is_read(values in prop::collection::vec((0..0x4000u16, prop::collection::vec(any::<u8>(), 0..40)), 0..8)) {
+            let mut batch = Batch::new();
+            batch.message(1, 0, |body| {
+                body.nest(7, |body| values.iter().for_each(|(kind, value)| body.bytes(*kind, value)));
+            });
+            prop_assert_eq!(batch.bytes().len() % 4, 0);
+            let outer: Vec<_> = attributes(&batch.bytes()[HEADER..]).collect::<Result<_, _>>().unwrap();
+            prop_assert_eq!(outer.len(), 1);
+            prop_assert_eq!(outer[0].kind, 7);
+            let inner: Vec<_> = outer[0]
+                .nested()
+                .map(|attribute| attribute.map(|attribute| (attribute.kind, attribute.payload.to_vec())))
+                .collect::<Result<_, _>>()
+                .unwrap();
+            prop_assert_eq!(inner, values);
+        }
+
+        #[test]
+        fn numbers_and_text_come_back(a: u8, b: u16, c: u32, d: u64, text in "[^\0]{0,20}") {
+            let mut batch = Batch::new();
+            batch.message(1, 0, |body| {
+                body.u8(1, a);
+                body.u16(2, b);
+                body.u32(3, c);
+                body.u64(4, d);
+                body.be16(5, b);
+                body.be32(6, c);
+                body.string(7, &text);
+                body.flag(8);
+            });
+            let all: Vec<_> = attributes(&batch.bytes()[HEADER..]).collect::<Result<_, _>>().unwrap();
+            prop_assert_eq!((all[0].u8(), all[1].u16(), all[2].u32(), all[3].u64()), (Ok(a), Ok(b), Ok(c), Ok(d)));
+            prop_assert_eq!((all[4].be16(), all[5].be32(), all[6].string()), (Ok(b), Ok(c), Ok(text.as_str())));
+            prop_assert_eq!(all[7].payload, &[] as &[u8]);
+            prop_assert!(all[0].u32().is_err());
+        }
+    }
+}

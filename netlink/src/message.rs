@@ -97,3 +97,81 @@ fn extended(payload: &[u8]) -> Option<String> {
         (None, detail) => detail,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::Batch;
+
+    /// An `NLMSG_ERROR` for a request, with the extended acknowledgement the kernel would add.
+    fn refusal(errno: i32, capped: bool, extended: &[(u16, &[u8])]) -> Vec<u8> {
+        let mut request = Batch::new();
+        request.message(0x20, 0, |body| body.u32(1, 1));
+        let mut reply = Batch::new();
+        let flags = flags::ACK_TLVS | if capped { flags::CAPPED } else { 0 };
+        reply.message(ERROR, flags, |body| {
+            body.raw(&(-errno).to_ne_bytes());
+            body.raw(if capped { &request.bytes()[..HEADER] } else { request.bytes() });
+            extended.iter().for_each(|(kind, value)| body.bytes(*kind, value));
+        });
+        reply.bytes().to_vec()
+    }
+
+    fn read(datagram: &[u8]) -> (i32, Option<String>) {
+        let message = messages(datagram).next().unwrap().unwrap();
+        outcome(&message).unwrap()
+    }
+
+    #[test]
+    fn the_text_is_found_behind_whole_and_capped_requests() {
+        for capped in [false, true] {
+            let text = |extended: &[(u16, &[u8])]| read(&refusal(22, capped, extended));
+            assert_eq!(text(&[]), (22, None));
+            assert_eq!(text(&[(EXT_TEXT, b"no\0")]), (22, Some("no".to_owned())));
+            let at = 20u32.to_ne_bytes();
+            let both = text(&[(EXT_TEXT, b"no\0"), (EXT_OFFSET, &at)]);
+            assert_eq!(both, (22, Some("no (attribute at byte 20)".to_owned())));
+            assert_eq!(text(&[(EXT_MISSING, &at)]), (22, Some("attribute 20 is missing".to_owned())));
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_dump_may_carry_an_error() {
+        let mut reply = Batch::new();
+        reply.message(DONE, flags::ACK_TLVS, |body| {
+            body.raw(&(-16i32).to_ne_bytes());
+            body.string(EXT_TEXT, "busy");
+        });
+        assert_eq!(read(reply.bytes()), (16, Some("busy".to_owned())));
+        reply.clear();
+        reply.message(DONE, 0, |_| {});
+        assert_eq!(read(reply.bytes()), (0, None));
+    }
+
+    proptest! {
+        #[test]
+        fn any_datagram_is_read_to_an_end(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            for message in messages(&bytes).map_while(Result::ok) {
+                let _ = outcome(&message);
+            }
+        }
+
+        #[test]
+        fn any_damaged_refusal_is_read(
+            at: prop::sample::Index,
+            byte: u8,
+            end: prop::sample::Index,
+            capped: bool,
+        ) {
+            let mut bytes = refusal(2, capped, &[(EXT_TEXT, b"text\0"), (EXT_OFFSET, &[1, 0, 0, 0])]);
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            bytes.truncate(end.index(bytes.len() + 1));
+            for message in messages(&bytes).map_while(Result::ok) {
+                let _ = outcome(&message);
+            }
+        }
+    }
+}

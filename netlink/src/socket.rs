@@ -355,6 +355,11 @@ impl Socket {
                     interrupted = true;
                     continue;
                 }
+                // Something else filled the buffer; the rest of a dump still comes, as it is read.
+                Err(Error::Overrun) if whole_table => {
+                    interrupted = true;
+                    continue;
+                }
                 Err(error) => return Err(error),
             };
             for message in messages(&self.incoming[..length]) {
