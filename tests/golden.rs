@@ -72,7 +72,8 @@ fn read(folder: &Path) -> Cluster {
 /// What the kernel must hold, sorted, one object a line.
 fn render(cluster: &Cluster, settings: &Settings) -> String {
     let state = cluster.read();
-    let facts = Facts::gather(settings, &state, &[], true);
+    let host = ["192.0.2.11".parse().unwrap(), "2001:db8::11".parse().unwrap()];
+    let facts = Facts::gather(settings, &state, &host, true);
     let mut ledger = Ledger::new(&Family::BOTH);
     ledger.put_node(&facts);
     let services: BTreeMap<_, _> = state.services.iter().collect();

@@ -105,6 +105,13 @@ impl Facts {
         if ipv6 { self.ipv6 } else { self.ipv4 }
     }
 
+    /// The address that traffic of this node may carry as source: the best one, where this host
+    /// really has it. The kernel refuses a foreign one in a route, and answers to it would not
+    /// come back here.
+    pub fn source(&self, ipv6: bool) -> Option<IpAddr> {
+        self.address(ipv6).filter(|address| self.local_addresses.contains(address))
+    }
+
     /// Whether an address lies in a service range that is bound as a whole.
     pub fn in_bound_range(&self, address: IpAddr) -> bool {
         self.bound_ranges.iter().any(|range| range.contains(&address))

@@ -220,13 +220,13 @@ pub fn desired_routes(ledger: &Ledger, facts: &Facts, device: u32) -> BTreeMap<R
     let ranges = facts
         .bound_ranges
         .iter()
-        .map(|range| Route::local(*range, device, facts.address(range.addr().is_ipv6())));
+        .map(|range| Route::local(*range, device, facts.source(range.addr().is_ipv6())));
     let vips = ledger.vips().filter(|vip| facts.needs_binding(*vip)).map(|vip| vip_route(vip, facts, device));
     vips.chain(ranges).map(|route| (route.key, route)).collect()
 }
 
 fn vip_route(vip: IpAddr, facts: &Facts, device: u32) -> Route {
-    Route::local(IpNet::from(vip), device, facts.address(vip.is_ipv6()))
+    Route::local(IpNet::from(vip), device, facts.source(vip.is_ipv6()))
 }
 
 #[cfg(test)]

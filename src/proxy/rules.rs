@@ -151,7 +151,7 @@ fn mangle(family: Family) -> Ruleset {
 /// Answers must come back through this node: where the endpoint is elsewhere and the client is not
 /// a pod of this node, the source becomes the node; where a pod meets itself, too.
 fn nat(settings: &Settings, facts: &Facts, family: Family) -> Ruleset {
-    let to_node = || match facts.address(family == Family::V6) {
+    let to_node = || match facts.source(family == Family::V6) {
         Some(to) => Rule::new(Target::Snat { to, random_fully: true }),
         None => Rule::new(Target::Masquerade { random_fully: true }),
     };
