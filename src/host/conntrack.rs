@@ -352,8 +352,8 @@ fn header(family: Family) -> [u8; HEADER] {
 
 fn encode_dump(batch: &mut Batch, filter: &FlowFilter) {
     let mut bits = 0;
-    // Some kernels (seen: 6.1) compare IPv6 addresses the wrong way round here and list all flows
-    // but those asked for. Protocol and port narrow enough.
+    // 6.1 was seen to leave out the wanted flows when asked for an IPv6 destination, so the address
+    // is compared here only; protocol and port narrow enough.
     let destination = filter.destination.filter(IpAddr::is_ipv4);
     if destination.is_some() {
         bits |= FILTER_DESTINATION;

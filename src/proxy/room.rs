@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
+use ferroute_iptables::ipset;
 use ferroute_ipvs as ipvs;
 
 use super::drain::Drains;
@@ -140,7 +141,7 @@ impl Room {
             clean &= self.refresh_facts();
         }
         if !self.adopted {
-            clean &= self.read_kernel();
+            clean &= self.read_kernel() && self.ensure_sets();
             if !clean {
                 self.fail(started);
                 return;
@@ -217,6 +218,15 @@ impl Room {
         // Ranges and preferred sources are compared as a whole.
         self.schedule.request_routes(Instant::now());
         self.sync_rules(false) && clean
+    }
+
+    /// Makes every set exist, with at least what is wanted so far: rules name them all.
+    fn ensure_sets(&mut self) -> bool {
+        let difference = ipset::diff(&self.mirror.sets, self.ledger.sets());
+        let mut changes = Changes { retype: difference.retype, ..Changes::default() };
+        changes.sets_first = difference.changes;
+        changes.sets_first.retain(|change| !matches!(change, ipset::Change::Delete { .. }));
+        self.apply(changes)
     }
 
     /// Recomputes dirty Services step by step; the API server's own Service first and alone, so
@@ -330,7 +340,7 @@ impl Room {
         clean
     }
 
-    fn apply_sets(&mut self, changes: &[ferroute_iptables::ipset::Change]) -> bool {
+    fn apply_sets(&mut self, changes: &[ipset::Change]) -> bool {
         if changes.is_empty() {
             return true;
         }
