@@ -58,6 +58,8 @@ pub struct Room {
     /// Changes taken from the cluster that no pass has applied yet.
     pending: Dirty,
     schedule: Schedule,
+    /// The kernel refused single objects in this turn.
+    refused: bool,
     /// The kernel has been read and compared once since every watch listed.
     adopted: bool,
 }
@@ -93,6 +95,7 @@ impl Room {
             troubled: BTreeSet::new(),
             pending: Dirty::default(),
             schedule,
+            refused: false,
             adopted: false,
         };
         Ok((room, view))
@@ -128,6 +131,7 @@ impl Room {
         let host_changed = self.kernel.take_host_changes();
         let mut clean = true;
         let mut worked = false;
+        self.refused = false;
 
         if host_changed.routes {
             self.schedule.request_routes(started);
@@ -160,17 +164,23 @@ impl Room {
             // Service is known.
             clean &= self.pass(&Scope::All);
             clean &= self.sync_rules(true);
-            self.adopted = clean;
+            // What failed is compared again soon; it does not keep the rest from being adopted.
+            self.adopted = true;
         } else if let Some(audit) = self.schedule.take_due(Instant::now()) {
             worked = true;
             clean &= self.audit(audit);
         }
         self.next_drain_tick = (!self.drains.is_empty())
             .then(|| self.next_drain_tick.filter(|tick| *tick > started).unwrap_or(started + DRAIN_TICK));
-        if !worked && self.adopted && clean {
+        if !worked && self.adopted && clean && !self.refused {
             return;
         }
-        if clean {
+        if clean && self.refused {
+            // Every stage ran; single objects that the kernel refused are told on the objects and
+            // tried again, but do not make the node unready.
+            self.schedule.failed(Instant::now());
+            self.shared.passed(started, dirty.since, self.ledger.servers().len(), self.drains.len());
+        } else if clean {
             let healed: Vec<ServiceKey> = std::mem::take(&mut self.troubled).into_iter().collect();
             self.report(&healed);
             self.schedule.succeeded();
@@ -318,16 +328,21 @@ impl Room {
             }
             clean &= self.sync_rules(true);
         }
+        let mut refused = BTreeSet::new();
         clean &= self.apply_sets(&changes.sets_first);
-        clean &= self.apply_servers(&changes.servers);
+        clean &= self.apply_servers(&changes.servers, &mut refused);
         clean &= self.apply_routes(&changes.routes);
-        clean &= self.apply_servers(&changes.servers_last);
+        clean &= self.apply_servers(&changes.servers_last, &mut refused);
         clean &= self.apply_sets(&changes.sets_last);
         if !changes.retype.is_empty() {
             clean &= self.read_kernel();
         }
         if clean {
             for (key, wanted) in changes.wanted {
+                if refused.contains(&key) {
+                    // Half done perhaps; the retry reads it back.
+                    continue;
+                }
                 match wanted {
                     Some(server) => self.mirror.servers.insert(key, server),
                     None => self.mirror.servers.remove(&key),
@@ -350,13 +365,18 @@ impl Room {
                     tracing::warn!(error = %failure, "set change refused");
                     self.shared.error(failure);
                 }
-                failures.is_empty()
+                self.refused |= !failures.is_empty();
+                true
             }
             Err(error) => self.failed_to("write sets", &error),
         }
     }
 
-    fn apply_servers(&mut self, changes: &[ipvs::Change]) -> bool {
+    fn apply_servers(
+        &mut self,
+        changes: &[ipvs::Change],
+        refused: &mut BTreeSet<ipvs::VirtualServerKey>,
+    ) -> bool {
         if changes.is_empty() {
             return true;
         }
@@ -364,10 +384,11 @@ impl Room {
             Ok(failures) => failures,
             Err(error) => return self.failed_to("write virtual servers", &error),
         };
-        let clean = failures.is_empty();
+        self.refused |= !failures.is_empty();
         for failure in failures {
             let Some(change) = changes.get(failure.index) else { continue };
             let server = change.server();
+            refused.insert(server);
             let service = self.ledger.owner(&server);
             if let (Some(service), Some(scheduler)) = (&service, missing_scheduler(&failure.error)) {
                 tracing::warn!(%service, %scheduler, "kernel has no such scheduler, rr is used");
@@ -396,7 +417,7 @@ impl Room {
                 );
             }
         }
-        clean
+        true
     }
 
     fn apply_routes(&mut self, changes: &[crate::host::route::RouteChange]) -> bool {
@@ -409,7 +430,8 @@ impl Room {
                     tracing::warn!(error = %failure.error, "VIP route refused");
                     self.shared.error(&failure.error);
                 }
-                failures.is_empty()
+                self.refused |= !failures.is_empty();
+                true
             }
             Err(error) => self.failed_to("write VIP routes", &error),
         }
