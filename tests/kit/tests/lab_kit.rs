@@ -93,15 +93,13 @@ fn clients_tell_refused_silent_unreachable_and_reset_apart() {
     }
     let silent = Duration::from_millis(300);
     let netns = cluster.pods[0].netns().clone();
-    netns.sh("iptables-legacy -A INPUT -p tcp -j DROP").expect("drop rule");
+    netns.sh("iptables -A INPUT -p tcp -j DROP").expect("drop rule");
     let v4 = cluster.pods[0].ipv4().expect("IPv4");
     assert_eq!(cluster.client.ask(Protocol::Tcp, at(v4, 8080), silent), Reply::Timeout);
-    netns.sh("iptables-legacy -F INPUT").expect("flush");
-    netns
-        .sh("iptables-legacy -A INPUT -p tcp -j REJECT --reject-with icmp-host-prohibited")
-        .expect("reject rule");
+    netns.sh("iptables -F INPUT").expect("flush");
+    netns.sh("iptables -A INPUT -p tcp -j REJECT --reject-with icmp-host-prohibited").expect("reject rule");
     assert!(matches!(cluster.client.tcp(at(v4, 8080)), Reply::Unreachable(_)));
-    netns.sh("iptables-legacy -F INPUT").expect("flush");
+    netns.sh("iptables -F INPUT").expect("flush");
 
     let flow =
         Flow::start(&cluster.client, Protocol::Tcp, at(v4, 8080), Duration::from_millis(5)).expect("flow");
@@ -148,10 +146,9 @@ fn a_virtual_server_spreads_all_protocols_of_both_families() {
     let node = &cluster.nodes[0];
     node.set_sysctl("net/ipv4/vs/conntrack", "1").expect("sysctl");
     node.links().expect("links").add("kube-dummy-if", "dummy").expect("dummy");
-    for (iptables, vip, network) in [
-        ("iptables-legacy", "10.96.0.10", "10.96.0.0/16"),
-        ("ip6tables-legacy", "fd00:96::10", "fd00:96::/112"),
-    ] {
+    for (iptables, vip, network) in
+        [("iptables", "10.96.0.10", "10.96.0.0/16"), ("ip6tables", "fd00:96::10", "fd00:96::/112")]
+    {
         let vip: IpAddr = vip.parse().expect("address");
         let like = |ip: &&IpAddr| ip.is_ipv4() == vip.is_ipv4();
         node.sh(&format!("ip route add local {network} dev kube-dummy-if table local")).expect("local route");
