@@ -17,6 +17,12 @@ use crate::Netns;
 /// How long [`Netns::tcp`] and its like wait for an answer.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long one request of a protocol may take. A lost SCTP INIT is sent again only after three
+/// seconds (RFC 9260, 16: RTO.Initial as Linux has it), TCP's SYN after one.
+fn patience(protocol: Protocol) -> Duration {
+    if protocol == Protocol::Sctp { PATIENCE * 4 } else { PATIENCE }
+}
+
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Protocol {
@@ -157,7 +163,7 @@ impl Netns {
 
     /// One SCTP request on an association of its own.
     pub fn sctp(&self, to: SocketAddr) -> Reply {
-        self.ask(Protocol::Sctp, to, PATIENCE)
+        self.ask(Protocol::Sctp, to, patience(Protocol::Sctp))
     }
 
     /// One request on a connection of its own, with a deadline for the whole of it.
@@ -166,11 +172,51 @@ impl Netns {
         outcome.map_or_else(|error| Reply::from_error(&error), Reply::Answer)
     }
 
+    /// One ICMP echo request; whether it was answered within [`PATIENCE`].
+    ///
+    /// # Errors
+    /// No raw socket.
+    pub fn ping(&self, to: IpAddr) -> io::Result<bool> {
+        // Type, code, checksum, identifier, sequence number (RFC 792, RFC 4443). The kernel fills in
+        // the checksum of ICMPv6 only; that of this IPv4 message is its one's complement.
+        let (protocol, request, answer) = match to {
+            IpAddr::V4(_) => (1, [8, 0, 0xf7, 0xfe, 0, 0, 0, 1], 0),
+            IpAddr::V6(_) => (58, [128, 0, 0, 0, 0, 0, 0, 1], 129),
+        };
+        let to = SocketAddr::new(to, 0);
+        let mut socket = self.run(|| {
+            Socket::new(Domain::for_address(to), Type::RAW, Some(socket2::Protocol::from(protocol)))
+        })?;
+        socket.connect(&to.into())?;
+        socket.send(&request)?;
+        let deadline = Instant::now() + PATIENCE;
+        let mut packet = [0; 128];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            socket.set_read_timeout(Some(left))?;
+            let length = match socket.read(&mut packet) {
+                Ok(length) => length,
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            };
+            // IPv4 hands over the IP header too, IPv6 does not.
+            let header = if to.is_ipv4() { usize::from(packet[0] & 0x0f) * 4 } else { 0 };
+            if length > header && packet[header] == answer {
+                return Ok(true);
+            }
+        }
+    }
+
     /// Asks so many times one after the other, each on a connection of its own.
     pub fn spread(&self, protocol: Protocol, to: SocketAddr, times: usize) -> Tally {
         let mut tally = Tally::default();
         for _ in 0..times {
-            tally.count(self.ask(protocol, to, PATIENCE));
+            tally.count(self.ask(protocol, to, patience(protocol)));
         }
         tally
     }
