@@ -218,6 +218,8 @@ impl Room {
             ranges = ?facts.bound_ranges, "node facts changed"
         );
         self.facts = facts;
+        // Before the first virtual server: IPVS must hand its connections to netfilter.
+        self.kernel.prepare(&self.facts);
         let mut touched = self.ledger.put_node(&self.facts);
         self.pending.services.extend(self.subscription.cluster().read().services.keys().cloned());
         if !self.adopted {
