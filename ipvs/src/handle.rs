@@ -151,6 +151,11 @@ impl Handle {
         self.socket.messages_sent()
     }
 
+    /// How many of the messages sent only read.
+    pub fn requests_sent(&self) -> u64 {
+        self.socket.requests_sent()
+    }
+
     /// How many system calls that took.
     pub fn sends(&self) -> u64 {
         self.socket.sends()

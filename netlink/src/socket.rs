@@ -91,6 +91,7 @@ pub struct Socket {
     outgoing: Vec<u8>,
     incoming: Vec<u8>,
     messages_sent: u64,
+    requests: u64,
     sends: u64,
 }
 
@@ -132,6 +133,7 @@ impl Socket {
             outgoing: Vec::new(),
             incoming: vec![0; RECEIVE],
             messages_sent: 0,
+            requests: 0,
             sends: 0,
         })
     }
@@ -187,6 +189,7 @@ impl Socket {
                 set_flags(&mut self.outgoing, |flags| flags & !flags::ACK);
             }
             let sequence = self.send(count)?;
+            self.requests += count as u64;
             if let Some(collected) = self.collect(sequence, whole_table, &mut parse)? {
                 return Ok(collected);
             }
@@ -247,6 +250,11 @@ impl Socket {
     /// How many messages were sent since the socket was opened.
     pub fn messages_sent(&self) -> u64 {
         self.messages_sent
+    }
+
+    /// How many of the messages sent were requests of [`Socket::dump`], which only read.
+    pub fn requests_sent(&self) -> u64 {
+        self.requests
     }
 
     /// How many system calls that took.

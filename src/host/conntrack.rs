@@ -265,6 +265,11 @@ impl Conntrack {
         self.socket.messages_sent()
     }
 
+    /// How many of them only read.
+    pub fn requests_sent(&self) -> u64 {
+        self.socket.requests_sent()
+    }
+
     /// Lists the flows that pass `filter` and `keep`. Flows are checked as they arrive: memory
     /// follows what is kept, not what is tracked.
     pub fn flows(&mut self, filter: FlowFilter, keep: impl FnMut(&Flow) -> bool) -> Result<Vec<Flow>, Error> {

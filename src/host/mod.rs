@@ -83,6 +83,11 @@ impl Network {
         self.socket.messages_sent()
     }
 
+    /// How many of them only read.
+    pub fn requests_sent(&self) -> u64 {
+        self.socket.requests_sent()
+    }
+
     /// Sends the one message in `batch`; a refusal becomes [`Error::Refused`] about `object`.
     fn execute_one(&mut self, action: &'static str, object: impl FnOnce() -> String) -> Result<(), Error> {
         let failures =

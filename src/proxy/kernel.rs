@@ -19,6 +19,7 @@ use super::mirror::Mirror;
 use super::rules::Rules;
 use super::sets::{self, Role, SetId};
 use super::settings::Settings;
+use super::work::{Messages, TABLES};
 use crate::cluster::Waker;
 use crate::host::conntrack::{Conntrack, RemovedEndpoint};
 use crate::host::events::{Event, Events, Interest, Watching};
@@ -136,6 +137,16 @@ impl Kernel {
     /// Index of the dummy link; 0 while there is none.
     pub fn device(&self) -> u32 {
         self.device
+    }
+
+    /// Netlink messages sent so far, by table.
+    pub fn messages(&self) -> [Messages; TABLES.len()] {
+        [
+            Messages::of(self.ipvs.messages_sent(), self.ipvs.requests_sent()),
+            Messages::of(self.sets.messages_sent(), self.sets.requests_sent()),
+            Messages::of(self.network.messages_sent(), self.network.requests_sent()),
+            Messages::of(self.conntrack.messages_sent(), self.conntrack.requests_sent()),
+        ]
     }
 
     /// What changed on the host since this was last asked.

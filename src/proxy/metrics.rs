@@ -12,6 +12,7 @@ use std::time::Duration;
 use ferroute_ipvs as ipvs;
 
 use super::view::{Health, Numbers, lock};
+use super::work::TABLES;
 use crate::cluster::ServiceKey;
 use crate::cluster::service::Protocol;
 
@@ -95,6 +96,31 @@ pub(super) fn write(out: &mut String, numbers: &Numbers, health: &Health, servic
         "counter",
         "Tracked UDP flows deleted because their endpoint is gone",
         &load(&numbers.expired_flows),
+    );
+    let work = *lock(&numbers.work);
+    head(out, "ferroute_netlink_messages_total", "counter", "Netlink messages sent, by table and purpose");
+    for (table, messages) in TABLES.iter().zip(work.messages) {
+        for (purpose, count) in [("write", messages.written), ("read", messages.asked)] {
+            let labels = format!("{{table=\"{table}\",purpose=\"{purpose}\"}}");
+            line(out, "ferroute_netlink_messages_total", &labels, count);
+        }
+    }
+    let mut single = |name: &str, kind: &str, help: &str, value: &dyn Display| {
+        head(out, name, kind, help);
+        line(out, name, "", value);
+    };
+    single("ferroute_proxy_audits_total", "counter", "Audits of the kernel's tables", &work.audits);
+    single(
+        "ferroute_proxy_audit_seconds_total",
+        "counter",
+        "Time of these audits in seconds",
+        &work.auditing.as_secs_f64(),
+    );
+    single(
+        "ferroute_proxy_iptables_seconds_total",
+        "counter",
+        "Time spent in iptables programs in seconds",
+        &work.rules.as_secs_f64(),
     );
     single(
         "ferroute_proxy_passes_total",

@@ -29,6 +29,7 @@ pub mod sets;
 pub mod settings;
 pub mod status;
 mod view;
+pub mod work;
 
 use std::collections::BTreeSet;
 
@@ -38,6 +39,7 @@ pub use room::Room;
 pub use settings::Settings;
 pub use status::Status;
 pub use view::{Health, View};
+pub use work::Work;
 
 use crate::cluster::Cluster;
 

@@ -145,7 +145,9 @@ impl Room {
             clean &= self.refresh_facts();
         }
         if !self.adopted {
-            clean &= self.read_kernel() && self.ensure_sets();
+            clean &= self.read_kernel();
+            self.shared.worked(|work| work.adopting += started.elapsed());
+            clean = clean && self.ensure_sets();
             if !clean {
                 self.fail(started);
                 return;
@@ -175,6 +177,8 @@ impl Room {
         if !worked && self.adopted && clean && !self.refused {
             return;
         }
+        let messages = self.kernel.messages();
+        self.shared.worked(|work| work.messages = messages);
         if clean && self.refused {
             // Every stage ran; single objects that the kernel refused are told on the objects and
             // tried again, but do not make the node unready.
@@ -511,7 +515,14 @@ impl Room {
         } else if audit.routes {
             clean = self.read_routes() && self.pass(&Scope::All);
         }
-        self.schedule.tables_cost(started.elapsed());
+        let cost = started.elapsed();
+        self.schedule.tables_cost(cost);
+        if audit.tables {
+            self.shared.worked(|work| {
+                work.audits += 1;
+                work.auditing += cost;
+            });
+        }
         if audit.rules {
             let started = Instant::now();
             clean &= self.sync_rules(true);
@@ -545,7 +556,9 @@ impl Room {
     /// Makes the chains right; `check` reads them back first, else only a change of ours is written.
     fn sync_rules(&mut self, check: bool) -> bool {
         let wanted = super::rules::desired(&self.settings, &self.facts, self.kernel.families());
+        let started = Instant::now();
         let result = self.kernel.sync_rules(wanted, check);
+        self.shared.worked(|work| work.rules += started.elapsed());
         match result {
             Ok(repaired) => {
                 if repaired > 0 && self.adopted && check {

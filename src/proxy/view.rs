@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::metrics::{Histogram, ServiceStatistics};
 use super::status::Status;
+use super::work::Work;
 use crate::cluster::Waker;
 
 /// Questions the room answers between two passes, since it alone owns the kernel handles.
@@ -51,6 +52,7 @@ pub(super) struct Numbers {
     pub(super) expired_flows: AtomicU64,
     pub(super) passes: Mutex<Histogram>,
     pub(super) latency: Mutex<Histogram>,
+    pub(super) work: Mutex<Work>,
     /// Unix time of the last clean pass in milliseconds.
     pub(super) last_clean_unix_ms: AtomicU64,
 }
@@ -77,10 +79,17 @@ impl Shared {
         lock(&self.numbers.passes).observe(now - started);
         if let Some(since) = since {
             lock(&self.numbers.latency).observe(now - since);
+            let mut work = lock(&self.numbers.work);
+            work.changes += 1;
+            work.latency += now - since;
         }
         let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let unix = u64::try_from(unix.as_millis()).unwrap_or(u64::MAX);
         self.numbers.last_clean_unix_ms.store(unix, Ordering::Relaxed);
+    }
+
+    pub(super) fn worked(&self, note: impl FnOnce(&mut Work)) {
+        note(&mut lock(&self.numbers.work));
     }
 
     pub(super) fn failed(&self, started: Instant) {
@@ -137,6 +146,11 @@ impl View {
     /// State of the room.
     pub fn health(&self) -> Health {
         lock(&self.shared.health).clone()
+    }
+
+    /// What the room cost the kernel so far.
+    pub fn work(&self) -> Work {
+        *lock(&self.shared.numbers.work)
     }
 
     /// Desired, actual and difference; `None` when the room does not answer in time.

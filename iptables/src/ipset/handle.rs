@@ -217,6 +217,12 @@ impl Handle {
         self.socket.messages_sent()
     }
 
+    /// How many of them only read.
+    #[must_use]
+    pub fn requests_sent(&self) -> u64 {
+        self.socket.requests_sent()
+    }
+
     /// System calls that took.
     #[must_use]
     pub fn sends(&self) -> u64 {

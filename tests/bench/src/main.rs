@@ -1,0 +1,168 @@
+//! Measures ferroute against the floor: the least netlink messages that make the same kernel state,
+//! replayed raw on the same kernel. Started by `scripts/bench`, in a lab.
+
+mod daemon;
+mod report;
+mod shape;
+mod sides;
+mod tables;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use report::{Figures, Report};
+use shape::Shape;
+
+#[derive(Parser)]
+#[command(about = "Measures ferroute against the floor; needs root in a kernel with IPVS (scripts/bench)")]
+struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Everything, in processes of their own.
+    All {
+        /// Numbers of Services.
+        #[arg(long, value_delimiter = ',', default_value = "100,1000,10000")]
+        sizes: Vec<u32>,
+        /// Interleaved runs of each side.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+        /// Sizes 100 and 1,000 and three runs, no variants.
+        #[arg(long)]
+        quick: bool,
+        /// The ferroute binary.
+        #[arg(long)]
+        program: PathBuf,
+        /// Write all samples here as JSON.
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// One run of ferroute's Service room.
+    Ferroute {
+        #[command(flatten)]
+        shape: Shape,
+        /// Read the kernel between the steps and write the floor's script to this folder.
+        #[arg(long)]
+        capture: Option<PathBuf>,
+    },
+    /// One run of the floor.
+    Floor {
+        /// Where the script is.
+        #[arg(long)]
+        folder: PathBuf,
+        /// Compare the kernel's state with ferroute's.
+        #[arg(long)]
+        verify: bool,
+    },
+    /// ipset restore and ipvsadm --restore.
+    Commands {
+        /// Where their input is.
+        #[arg(long)]
+        folder: PathBuf,
+    },
+    /// The whole daemon against an API server.
+    Daemon {
+        #[command(flatten)]
+        shape: Shape,
+        /// The ferroute binary.
+        #[arg(long)]
+        program: PathBuf,
+    },
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().what {
+        What::All { sizes, runs, quick, program, json } => {
+            let (sizes, runs) = if quick { (vec![100, 1000], 3) } else { (sizes, runs) };
+            ensure!(runs > 0, "--runs: at least one");
+            // Service and pod addresses of this size still fit their ranges.
+            ensure!(sizes.iter().all(|size| (1..=50_000).contains(size)), "--sizes: from 1 to 50000");
+            all(&sizes, runs, quick, &program, json.as_deref())
+        }
+        What::Ferroute { shape, capture } => print(&sides::ferroute(&shape, capture.as_deref())?),
+        What::Floor { folder, verify } => print(&sides::floor(&folder, verify)?),
+        What::Commands { folder } => print(&sides::commands(&folder)?),
+        What::Daemon { shape, program } => print(&daemon::daemon(&shape, &program)?),
+    }
+}
+
+fn print(value: &impl Serialize) -> Result<()> {
+    println!("{}", serde_json::to_string(value)?);
+    Ok(())
+}
+
+fn all(sizes: &[u32], runs: usize, quick: bool, program: &Path, json: Option<&Path>) -> Result<()> {
+    let mut shapes: Vec<Shape> =
+        sizes.iter().map(|&services| Shape { services, scheduler: None, no_range: false }).collect();
+    if !quick && let Some(services) = sizes.iter().copied().filter(|size| *size <= 1000).max() {
+        shapes.push(Shape { services, scheduler: Some("mh".into()), no_range: false });
+        shapes.push(Shape { services, scheduler: None, no_range: true });
+    }
+    let mut report = Report::begin(runs)?;
+    for shape in shapes {
+        eprintln!("bench: {shape}");
+        let figures = measure(&shape, runs, program).with_context(|| shape.to_string())?;
+        print!("{}", report.add(&shape, figures));
+    }
+    if let Some(path) = json {
+        std::fs::write(path, serde_json::to_string_pretty(&report)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn measure(shape: &Shape, runs: usize, program: &Path) -> Result<Figures> {
+    let folder = std::env::temp_dir().join(format!("ferroute-bench-{}", std::process::id()));
+    // Left from another shape.
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder)?;
+    let text = folder.display().to_string();
+    let with_shape = |word: &str, more: &[&str]| {
+        let mut arguments = vec![word.to_owned()];
+        arguments.extend(shape.arguments());
+        arguments.extend(more.iter().map(ToString::to_string));
+        arguments
+    };
+    let mut figures =
+        Figures { captured: child(&with_shape("ferroute", &["--capture", &text]))?, ..Figures::default() };
+    for run in 0..runs {
+        figures.ferroute.push(child(&with_shape("ferroute", &[]))?);
+        let mut floor = vec!["floor".to_owned(), "--folder".to_owned(), text.clone()];
+        if run == 0 {
+            // Its times are not used: reading back warms or cools what follows.
+            let _: sides::Samples = child(&[floor.clone(), vec!["--verify".to_owned()]].concat())?;
+        }
+        figures.floor.push(child(&std::mem::take(&mut floor))?);
+    }
+    figures.commands = child(&["commands".to_owned(), "--folder".to_owned(), text])?;
+    if shape.scheduler.is_none() && !shape.no_range {
+        for _ in 0..runs.min(3) {
+            let program = program.display().to_string();
+            figures.daemon.push(child(&with_shape("daemon", &["--program", &program]))?);
+        }
+    }
+    std::fs::remove_dir_all(&folder)?;
+    Ok(figures)
+}
+
+/// Runs this program again, for a namespace and a memory of its own.
+fn child<T: DeserializeOwned>(arguments: &[String]) -> Result<T> {
+    let output = Command::new(std::env::current_exe()?)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run this program again")?;
+    if !output.status.success() {
+        bail!("{}: {}", arguments.join(" "), output.status);
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
