@@ -43,7 +43,10 @@ impl Facts {
     /// providers add addresses late) the host's own first global addresses stand in.
     pub fn gather(settings: &Settings, state: &State, host: &[IpAddr], kernel_ipv6: bool) -> Self {
         let node = state.nodes.get(&settings.node_name);
-        let local_addresses: BTreeSet<IpAddr> = host.iter().copied().collect();
+        // Link-local addresses can be no VIP, and every pod's link brings one: they would make each
+        // pod start a change of facts.
+        let local_addresses: BTreeSet<IpAddr> =
+            host.iter().copied().filter(|address| !is_link_local(*address)).collect();
         let best = |ipv6: bool| {
             node.and_then(|node| node.address(ipv6)).or_else(|| {
                 // With a Node object only its own addresses count, so that a family the cluster
@@ -130,9 +133,13 @@ impl Facts {
     }
 }
 
-fn is_global(address: IpAddr) -> bool {
+fn is_link_local(address: IpAddr) -> bool {
     match address {
-        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local() && !v4.is_unspecified(),
-        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local() && !v6.is_unspecified(),
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
     }
+}
+
+fn is_global(address: IpAddr) -> bool {
+    !address.is_loopback() && !address.is_unspecified() && !is_link_local(address)
 }
