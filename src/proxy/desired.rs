@@ -88,7 +88,8 @@ pub fn desired(
     let sources: Option<Arc<[IpNet]>> =
         (!service.source_ranges.is_empty()).then(|| service.source_ranges.as_slice().into());
     let hairpin = settings.hairpin_all || service.annotations.hairpin;
-    let mut local_addresses = BTreeSet::new();
+    // Per family: an endpoint with an address of each is one endpoint.
+    let mut local_addresses = [BTreeSet::new(), BTreeSet::new()];
 
     for (index, port) in service.ports.iter().enumerate() {
         for ipv6 in [false, true] {
@@ -105,7 +106,7 @@ pub fn desired(
             );
             for (address, _) in &found.local {
                 if found.local_ready {
-                    local_addresses.insert(*address);
+                    local_addresses[usize::from(ipv6)].insert(*address);
                 }
                 if !facts.is_local_pod(*address) {
                     state.local_endpoints.insert(*address);
@@ -144,7 +145,8 @@ pub fn desired(
             }
         }
     }
-    state.health = service.health_check_node_port.map(|port| (port.get(), local_addresses.len()));
+    let [ipv4, ipv6] = local_addresses.map(|addresses| addresses.len());
+    state.health = service.health_check_node_port.map(|port| (port.get(), ipv4.max(ipv6)));
     drop_duplicates(service, &mut state);
     state
 }
@@ -480,6 +482,10 @@ mod tests {
         let mut service = Service { external_policy: TrafficPolicy::Local, ..load_balancer() };
         service.health_check_node_port = std::num::NonZeroU16::new(32000);
         assert_eq!(compute(&service, two_nodes()).health, Some((32000, 1)));
+        service.cluster_ips.push("fd00:96::10".parse().unwrap());
+        let mut dual = two_nodes();
+        dual.endpoints.push(fixture::endpoint6(1, "n1"));
+        assert_eq!(compute(&service, dual).health, Some((32000, 1)), "one pod with two addresses");
         let ending = fixture::slice(&[("http", Protocol::Tcp, 8080)], vec![fixture::endpoint(1, "st", "n1")]);
         assert_eq!(compute(&service, ending).health, Some((32000, 0)));
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use ferroute_iptables::{
     AddressType, Builtin, ChainName, Direction, Family, Ipvs, IpvsDirection, IpvsMethod, Jump, Match,
-    Position, RejectWith, Rule, Ruleset, TableName, Target,
+    Position, Protocol, RejectWith, Rule, Ruleset, State, TableName, Target, TcpFlags,
 };
 
 use super::facts::Facts;
@@ -64,6 +64,8 @@ fn filter(settings: &Settings, family: Family) -> Ruleset {
         Rule::new(Target::Drop)
             .when(is(Role::DropRemote, TARGET_PORT))
             .unless(is(Role::LocalPods, SOURCE))
+            // Flows to an endpoint that was here finish.
+            .when(Match::State(vec![State::New]))
             .comment("drop remote clients where the Local policy leaves no endpoint here"),
     ];
     let mut jumps: Vec<Jump> = [Role::Vips, Role::ServiceRanges]
@@ -78,16 +80,29 @@ fn filter(settings: &Settings, family: Family) -> Ruleset {
     if settings.firewall {
         let mut all = icmp_accepts(family);
         all.append(&mut rules);
+        // IPVS itself refuses by ICMP, which a TCP client on this machine gets while its connect() holds
+        // the socket: it is put aside and the client tries again a second later. A reset is not.
+        let tcp = || Match::Protocol(Protocol::TCP);
+        let reset = || Rule::new(Target::Reject(RejectWith::TcpReset)).when(tcp());
+        let opens = Match::TcpFlags { mask: TcpFlags(TcpFlags::SYN.0 | TcpFlags::ACK.0), set: TcpFlags::SYN };
+        all.push(
+            reset()
+                .when(opens)
+                .when(is(Role::Unserved, TARGET_PORT))
+                .comment("reject connections to services without endpoints"),
+        );
         all.push(
             Rule::new(Target::Accept)
                 .when(is(Role::VipPorts, TARGET_PORT))
                 .comment("allow input traffic to ipvs services"),
         );
-        all.push(
-            Rule::new(Target::Reject(RejectWith::PortUnreachable))
-                .unless(is(Role::LocalAddresses, TARGET))
-                .comment("reject all unexpected traffic to service IPs"),
-        );
+        for reject in [reset(), Rule::new(Target::Reject(RejectWith::PortUnreachable))] {
+            all.push(
+                reject
+                    .unless(is(Role::LocalAddresses, TARGET))
+                    .comment("reject all unexpected traffic to service IPs"),
+            );
+        }
         rules = all;
     } else {
         // Without the firewall nothing is accepted or rejected, but what a Service forbids stays

@@ -30,6 +30,8 @@ pub enum Role {
     Marks,
     /// Frontends whose remote clients are dropped for want of a local endpoint.
     DropRemote,
+    /// Frontends that nobody serves: new TCP connections are reset.
+    Unserved,
     /// Frontends that only some sources may use.
     Guarded,
     /// The sources that may.
@@ -40,7 +42,7 @@ pub enum Role {
 
 impl Role {
     /// All roles.
-    pub const ALL: [Role; 10] = [
+    pub const ALL: [Role; 11] = [
         Role::LocalAddresses,
         Role::Vips,
         Role::VipPorts,
@@ -48,6 +50,7 @@ impl Role {
         Role::LocalPods,
         Role::Marks,
         Role::DropRemote,
+        Role::Unserved,
         Role::Guarded,
         Role::Admitted,
         Role::Hairpin,
@@ -63,6 +66,7 @@ impl Role {
             Role::LocalPods => "kube-router-local-nets",
             Role::Marks => "kube-router-svip-mark",
             Role::DropRemote => "kube-router-svip-drop",
+            Role::Unserved => "kube-router-svip-none",
             Role::Guarded => "kube-router-svip-guard",
             Role::Admitted => "kube-router-svip-admit",
             Role::Hairpin => "kube-router-hairpin",
@@ -73,7 +77,9 @@ impl Role {
         match self {
             Role::LocalAddresses | Role::Vips => SetType::HashIp,
             Role::ServiceRanges | Role::LocalPods => SetType::HashNet,
-            Role::VipPorts | Role::Marks | Role::DropRemote | Role::Guarded => SetType::HashIpPort,
+            Role::VipPorts | Role::Marks | Role::DropRemote | Role::Unserved | Role::Guarded => {
+                SetType::HashIpPort
+            }
             Role::Admitted => SetType::HashIpPortNet,
             Role::Hairpin => SetType::HashIpPortIp,
         }
@@ -132,6 +138,8 @@ pub fn frontend_entries(frontend: &Frontend, mark: Option<u32>) -> Vec<(SetId, E
     }
     if frontend.drop_remote {
         entries.push((set(Role::DropRemote), front, plain));
+    } else if frontend.protocol == Protocol::Tcp && frontend.server.destinations.is_empty() {
+        entries.push((set(Role::Unserved), front, plain));
     }
     if let Some(sources) = &frontend.sources {
         entries.push((set(Role::Guarded), front, plain));
@@ -223,7 +231,7 @@ mod tests {
                     .map(|family| SetId { role, family }.name().to_string())
             })
             .collect();
-        assert_eq!(names.len(), 20);
+        assert_eq!(names.len(), 22);
     }
 
     #[test]
