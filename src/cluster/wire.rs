@@ -639,7 +639,7 @@ api_kind!(NetworkPolicyObject, NetworkPolicy, "networking.k8s.io", &["v1"], "net
 pub struct Item<T> {
     /// The fields that fitted; the others hold their defaults.
     pub object: T,
-    /// What did not fit: "spec.ports[0].port is not a whole number".
+    /// What did not fit: `spec.ports[0].port is not a whole number`.
     pub wrong: Vec<String>,
     /// The part of the metadata that the watcher reads.
     meta: ObjectMeta,

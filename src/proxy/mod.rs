@@ -5,7 +5,7 @@
 //! - [`mirror`]: the kernel as last known, and the difference. Pure.
 //! - [`drain`]: graceful removal, time passed in. Pure.
 //! - [`rules`], [`sets`], [`marks`]: the constant chains, the sets they name, the marks. Pure.
-//! - [`room`]: the thread that wakes, compares and applies through [`kernel`].
+//! - `room`: the thread that wakes, compares and applies through `kernel`.
 
 mod chains;
 pub mod desired;

@@ -12,7 +12,7 @@
 //! - [`kubelet`]: pods that the API server assigned come alive.
 //! - [`snapshot`] and [`stranger`]: what the kernel holds, and objects that must stay untouched.
 //! - [`kernel`]: what this kernel offers; says what is missing outside a lab.
-//! - [`assert`]: poll to a deadline; a failure prints desired, actual and difference.
+//! - [`mod@assert`]: poll to a deadline; a failure prints desired, actual and difference.
 //!
 //! Test binaries that use it are named `lab_*` and run through `scripts/lab`. Each test takes
 //! [`serial`] first and builds its own cluster.
