@@ -14,13 +14,13 @@ use super::error::Error;
 use super::facts::Facts;
 use super::ledger::Ledger;
 use super::marks;
-use super::metrics::ServiceStatistics;
 use super::mirror::Mirror;
 use super::rules::Rules;
 use super::sets::{self, Role, SetId};
 use super::settings::Settings;
 use super::work::{Messages, TABLES};
-use crate::cluster::Waker;
+use crate::cluster::service::Protocol;
+use crate::cluster::{ServiceKey, Waker};
 use crate::host::conntrack::{Conntrack, RemovedEndpoint};
 use crate::host::events::{Event, Events, Interest, Watching};
 use crate::host::kernel::{Presence, Release};
@@ -33,6 +33,21 @@ pub const DUMMY_LINK: &str = "kube-dummy-if";
 const BRIDGE: &str = "kube-bridge";
 /// What the Service room cannot do without, by the names [`kernel::inspect`] gives.
 const VITAL: [&str; 3] = ["IPVS", "ipset", "dummy links"];
+
+/// Counters of one frontend of a Service, as the kernel has them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServiceStatistics {
+    /// The Service.
+    pub service: ServiceKey,
+    /// Address clients speak to.
+    pub vip: IpAddr,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port clients speak to.
+    pub port: u16,
+    /// Counters and rates.
+    pub stats: ipvs::Statistics,
+}
 
 /// What changed on the host since the room last looked.
 #[derive(Clone, Copy, Debug, Default)]

@@ -5,16 +5,14 @@
 //! kube-proxy's where the meaning is the same.
 
 use std::fmt::{Display, Write};
-use std::net::IpAddr;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ferroute_ipvs as ipvs;
 
-use super::view::{Health, Numbers, lock};
-use super::work::TABLES;
-use crate::cluster::ServiceKey;
-use crate::cluster::service::Protocol;
+use super::kernel::ServiceStatistics;
+use super::work::{TABLES, Work};
 
 /// Upper bounds in seconds: fine where one change is, coarse where a cold start is.
 const BOUNDS: [f64; 16] =
@@ -52,22 +50,26 @@ impl Histogram {
     }
 }
 
-/// Counters of one frontend of a Service, as the kernel has them.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ServiceStatistics {
-    /// The Service.
-    pub service: ServiceKey,
-    /// Address clients speak to.
-    pub vip: IpAddr,
-    /// Protocol.
-    pub protocol: Protocol,
-    /// Port clients speak to.
-    pub port: u16,
-    /// Counters and rates.
-    pub stats: ipvs::Statistics,
+/// Counters and gauges of the room.
+#[derive(Default)]
+pub(super) struct Numbers {
+    pub(super) virtual_servers: AtomicU64,
+    pub(super) draining: AtomicU64,
+    pub(super) drift: AtomicU64,
+    pub(super) expired_flows: AtomicU64,
+    pub(super) passes: Mutex<Histogram>,
+    pub(super) latency: Mutex<Histogram>,
+    pub(super) work: Mutex<Work>,
+    /// Unix time of the last clean pass in milliseconds.
+    pub(super) last_clean_unix_ms: AtomicU64,
 }
 
-pub(super) fn write(out: &mut String, numbers: &Numbers, health: &Health, services: &[ServiceStatistics]) {
+pub(super) fn write(
+    out: &mut String,
+    numbers: &Numbers,
+    (passes, failures): (u64, u64),
+    services: &[ServiceStatistics],
+) {
     let load = |number: &std::sync::atomic::AtomicU64| number.load(Ordering::Relaxed);
     let mut single = |name: &str, kind: &str, help: &str, value: &dyn Display| {
         head(out, name, kind, help);
@@ -126,14 +128,9 @@ pub(super) fn write(out: &mut String, numbers: &Numbers, health: &Health, servic
         "ferroute_proxy_passes_total",
         "counter",
         "Passes after which the kernel held all that was wanted",
-        &health.passes,
+        &passes,
     );
-    single(
-        "ferroute_proxy_pass_failures_total",
-        "counter",
-        "Passes that left something undone",
-        &health.failures,
-    );
+    single("ferroute_proxy_pass_failures_total", "counter", "Passes that left something undone", &failures);
     single(
         "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
         "gauge",
@@ -157,6 +154,11 @@ pub(super) fn write(out: &mut String, numbers: &Numbers, health: &Health, servic
         "Time from the decoding of a change to the kernel's last acknowledgement in seconds",
     );
     write_services(out, services);
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Numbers stay usable after a panic elsewhere; the supervisor ends the process anyway.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 type Field = (&'static str, &'static str, &'static str, fn(&ipvs::Statistics) -> u64);
@@ -214,6 +216,8 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::ServiceKey;
+    use crate::cluster::service::Protocol;
 
     #[test]
     fn buckets_are_cumulative_and_labels_escaped() {

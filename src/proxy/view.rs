@@ -1,12 +1,13 @@
 //! What other threads see of the Service room: health, status, metrics, and how to stop it.
 
 use std::fmt::Display;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::metrics::{Histogram, ServiceStatistics};
+use super::kernel::ServiceStatistics;
+use super::metrics::{Numbers, lock};
 use super::status::Status;
 use super::work::Work;
 use crate::cluster::Waker;
@@ -41,20 +42,6 @@ pub(super) struct Shared {
     stopping: AtomicBool,
     health: Mutex<Health>,
     pub(super) numbers: Numbers,
-}
-
-/// Counters and gauges of the room.
-#[derive(Default)]
-pub(super) struct Numbers {
-    pub(super) virtual_servers: AtomicU64,
-    pub(super) draining: AtomicU64,
-    pub(super) drift: AtomicU64,
-    pub(super) expired_flows: AtomicU64,
-    pub(super) passes: Mutex<Histogram>,
-    pub(super) latency: Mutex<Histogram>,
-    pub(super) work: Mutex<Work>,
-    /// Unix time of the last clean pass in milliseconds.
-    pub(super) last_clean_unix_ms: AtomicU64,
 }
 
 impl Shared {
@@ -162,7 +149,8 @@ impl View {
     /// kernel now and left out when the room does not answer within two seconds.
     pub fn metrics(&self, out: &mut String) {
         let statistics = self.ask(Request::Statistics, Duration::from_secs(2)).unwrap_or_default();
-        super::metrics::write(out, &self.shared.numbers, &self.health(), &statistics);
+        let health = self.health();
+        super::metrics::write(out, &self.shared.numbers, (health.passes, health.failures), &statistics);
     }
 
     fn ask<T>(&self, request: impl FnOnce(SyncSender<T>) -> Request, timeout: Duration) -> Option<T> {
@@ -171,9 +159,4 @@ impl View {
         self.waker.wake();
         answer.recv_timeout(timeout).ok()
     }
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Numbers stay usable after a panic elsewhere; the supervisor ends the process anyway.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
