@@ -28,6 +28,9 @@ pub struct Front {
     pub local_only: bool,
     /// Whether a client stays with one endpoint.
     pub affinity: bool,
+    /// Whether every client meets all endpoints in turn: no affinity, no scheduler of its own, no
+    /// preference for near endpoints.
+    pub takes_turns: bool,
     /// Ready pods behind it and their nodes.
     pub pods: BTreeMap<String, String>,
     /// The Deployment behind it, if it is one.
@@ -35,6 +38,11 @@ pub struct Front {
 }
 
 impl Front {
+    /// `namespace/service port/protocol`.
+    pub fn port_name(&self) -> String {
+        format!("{} {}/{}", self.name, self.port, self.protocol)
+    }
+
     /// Names of all pods.
     pub fn all(&self) -> Vec<String> {
         self.pods.keys().cloned().collect()
@@ -119,6 +127,10 @@ impl Application {
                     outside: outside.clone(),
                     local_only: spec["externalTrafficPolicy"] == "Local",
                     affinity: spec["sessionAffinity"] == "ClientIP",
+                    takes_turns: spec["sessionAffinity"] != "ClientIP"
+                        && spec["trafficDistribution"].is_null()
+                        && spec["internalTrafficPolicy"] != "Local"
+                        && service["metadata"]["annotations"]["kube-router.io/service.scheduler"].is_null(),
                     pods: pods.clone(),
                     deployment: deployment.clone(),
                 });

@@ -1,12 +1,12 @@
 //! Requests counted, and the spread over endpoints as a table.
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use ferroute_kit::{Netns, Tally};
 
-use crate::application::Front;
+use crate::application::{Application, Front};
 
 /// Everything that was asked.
 #[derive(Debug, Default)]
@@ -25,7 +25,7 @@ struct Row {
 }
 
 impl Figures {
-    /// Asks so many times; every answer must come from an expected pod.
+    /// Asks so many times; every answer must come from an expected pod. Returns whom the pods saw.
     ///
     /// # Errors
     /// A wrong answer or none.
@@ -37,15 +37,36 @@ impl Figures {
         to: SocketAddr,
         times: usize,
         expected: &[String],
-    ) -> Result<()> {
+    ) -> Result<BTreeSet<IpAddr>> {
         let tally = from.spread(front.protocol, to, times);
         self.count(&tally);
         ensure!(tally.failed == 0, "{} at {} {to} from {who}: {tally}", front.name, front.protocol);
-        let row = self.rows.entry(format!("{} {}/{}", front.name, front.port, front.protocol)).or_default();
+        let row = self.rows.entry(front.port_name()).or_default();
+        // An endpoint that never answers must show as 0.
+        for pod in front.pods.keys() {
+            row.pods.entry(pod.clone()).or_default();
+        }
         *row.sources.entry(who).or_default() += tally.ok;
         for (pod, count) in &tally.pods {
             ensure!(expected.contains(pod), "{} at {to} from {who} was answered by {pod}", front.name);
             *row.pods.entry(pod.clone()).or_default() += count;
+        }
+        Ok(tally.peers)
+    }
+
+    /// Every endpoint has answered, where the default scheduler takes turns.
+    ///
+    /// # Errors
+    /// The first that has not.
+    pub fn all_reached(&self, application: &Application) -> Result<()> {
+        for front in application.fronts.iter().filter(|front| front.takes_turns) {
+            let row = self.rows.get(&front.port_name());
+            let silent = row.map(|row| row.pods.iter().find(|(_, count)| **count == 0));
+            match silent {
+                None => bail!("{} was never asked", front.port_name()),
+                Some(Some((pod, _))) => bail!("{}: endpoint {pod} never answered", front.port_name()),
+                Some(None) => {}
+            }
         }
         Ok(())
     }

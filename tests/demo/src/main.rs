@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use application::{Application, Front};
 use ferroute_apiserver::{ApiServer, Kubelet as Runs, NodeSpec};
-use ferroute_kit::{Cluster, Daemon, Families, KernelSnapshot, Kubelet, Load, Protocol, Reply, kubelet};
+use ferroute_kit::{
+    Cluster, Daemon, Families, KernelSnapshot, Kubelet, Load, Node, Protocol, Reply, kubelet,
+};
 use figures::Figures;
 
 const SOON: Duration = Duration::from_secs(30);
@@ -90,10 +92,6 @@ fn run() -> Result<Figures> {
         daemon.wait_ready(SOON)?;
     }
     println!("   all three ready after {} ms", begin.elapsed().as_millis());
-    for network in LOAD_BALANCERS.iter().chain([&EXTERNAL]) {
-        let nodes: Vec<_> = cluster.nodes.iter().take(1).collect();
-        cluster.client.route_via(&nodes, network.parse()?)?;
-    }
 
     step(4, "Requests to every port of every Service, from pods, nodes and outside");
     let application = Application::read(&server);
@@ -104,6 +102,8 @@ fn run() -> Result<Figures> {
         drive(&cluster, &kubelet, front, &mut figures)?;
     }
     figures.print_table();
+    figures.all_reached(&application)?;
+    println!("   every endpoint answered where the scheduler is to take turns");
     affinity(&cluster, &application, &mut figures)?;
 
     step(5, "What the kernel and ferroute say on n1");
@@ -198,7 +198,7 @@ fn start_api_server(cluster: &Cluster) -> Result<ApiServer> {
 fn drive(cluster: &Cluster, kubelet: &Kubelet, front: &Front, figures: &mut Figures) -> Result<()> {
     let running = kubelet.running();
     let rounds = (front.pods.len() * 2).max(4);
-    for (index, node) in cluster.nodes.iter().enumerate() {
+    for node in &cluster.nodes {
         // A pod that is an endpoint may reach itself only where the Service asks for hairpin.
         let pod = running.iter().find(|pod| pod.node == node.name && !front.pods.contains_key(&pod.name));
         if let Some(pod) = pod {
@@ -217,31 +217,57 @@ fn drive(cluster: &Cluster, kubelet: &Kubelet, front: &Front, figures: &mut Figu
             figures.ask(front, node, "node", SocketAddr::new(*ip, front.port), rounds, &front.all())?;
         }
         if let Some(port) = front.node_port {
-            let expected = if front.local_only { front.on(&node.name) } else { front.all() };
             for ip in node.ips.iter().filter(|ip| front.serves(**ip)) {
-                let to = SocketAddr::new(*ip, port);
-                if expected.is_empty() {
-                    let reply = cluster.client.ask(front.protocol, to, Duration::from_millis(300));
-                    ensure!(
-                        !matches!(reply, Reply::Answer(_)),
-                        "{} answers at {to} without an endpoint",
-                        front.name
-                    );
-                } else {
-                    figures.ask(front, &cluster.client, "outside", to, rounds, &expected)?;
-                }
+                outside(cluster, node, front, SocketAddr::new(*ip, port), rounds, figures)?;
             }
         }
-        // The client's route to external and load-balancer addresses leads over n1.
-        if index == 0 {
-            let expected = if front.local_only { front.on(&node.name) } else { front.all() };
-            for ip in front.outside.iter().filter(|_| !expected.is_empty()) {
-                let to = SocketAddr::new(*ip, front.port);
-                figures.ask(front, &cluster.client, "outside", to, rounds, &expected)?;
-            }
+        // The router sends external and load-balancer addresses to each node in turn.
+        if !front.outside.is_empty() {
+            route_outside(cluster, node)?;
+        }
+        for ip in &front.outside {
+            outside(cluster, node, front, SocketAddr::new(*ip, front.port), rounds, figures)?;
         }
     }
     Ok(())
+}
+
+/// Asks from outside at one node. With the external policy Local only its own pods answer and see the
+/// client's own address; where it has none, nobody answers.
+fn outside(
+    cluster: &Cluster,
+    node: &Node,
+    front: &Front,
+    to: SocketAddr,
+    rounds: usize,
+    figures: &mut Figures,
+) -> Result<()> {
+    let expected = if front.local_only { front.on(&node.name) } else { front.all() };
+    if expected.is_empty() {
+        let reply = cluster.client.ask(front.protocol, to, Duration::from_millis(300));
+        let name = &front.name;
+        ensure!(
+            !matches!(reply, Reply::Answer(_)),
+            "{name} at {to} answers on {} without an endpoint there",
+            node.name
+        );
+        return Ok(());
+    }
+    let peers = figures.ask(front, &cluster.client, "outside", to, rounds, &expected)?;
+    ensure!(
+        !front.local_only || peers.iter().all(|peer| cluster.client.ips.contains(peer)),
+        "{} at {to}: the policy Local keeps the client's address, but pods saw {peers:?}",
+        front.name
+    );
+    Ok(())
+}
+
+/// The router sends external and load-balancer addresses to this node.
+fn route_outside(cluster: &Cluster, node: &Node) -> Result<()> {
+    LOAD_BALANCERS
+        .iter()
+        .chain([&EXTERNAL])
+        .try_for_each(|network| cluster.client.route_via(&[node], network.parse()?))
 }
 
 /// A client of a Service with session affinity stays with one endpoint.
