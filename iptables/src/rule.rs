@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use crate::matches::{Direction, Match};
 use crate::target::Target;
-use crate::text::push_word;
+use crate::text::{join, push_word};
 use crate::{ChainName, Family, Protocol};
 
 /// One rule: all conditions must hold, then the target acts. Without a target it only counts.
@@ -166,7 +166,7 @@ impl Text {
             Match::Set { set, flags } => {
                 // One set a match: each names its own.
                 self.module = None;
-                self.option("set", negated, "--match-set", &[set.as_str(), &directions(flags)]);
+                self.option("set", negated, "--match-set", &[set.as_str(), &join(flags)]);
             }
             Match::AddressType(direction, kind) => {
                 let option = match direction {
@@ -240,20 +240,4 @@ impl Text {
             }
         }
     }
-}
-
-pub(crate) fn directions(flags: &[Direction]) -> String {
-    join(flags)
-}
-
-fn join<T: std::fmt::Display>(items: &[T]) -> String {
-    let mut text = String::new();
-    for (at, item) in items.iter().enumerate() {
-        if at > 0 {
-            text.push(',');
-        }
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{item}");
-    }
-    text
 }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use crate::matches::Direction;
-use crate::rule::directions;
+use crate::text::join;
 use crate::{ChainName, Family, SetName};
 
 /// What happens to a packet that meets all conditions.
@@ -132,7 +132,7 @@ impl Target {
                 }
             }
             Self::MapMark { set, flags } => {
-                add(&["SET", "--map-set", set.as_str(), &directions(flags), "--map-mark"]);
+                add(&["SET", "--map-set", set.as_str(), &join(flags), "--map-mark"]);
             }
             Self::Jump(chain) => add(&[chain.as_str()]),
             Self::Goto(chain) => return vec!["-g".to_owned(), chain.to_string()],

@@ -1,5 +1,6 @@
 //! Words of restore syntax, and a form of a rule in which equal rules have equal text.
 
+use std::fmt::Write as _;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -303,6 +304,19 @@ fn rate(text: &str) -> String {
         Some((rate, unit)) => format!("{rate}/{}", unit.chars().next().unwrap_or('s')),
         None => format!("{text}/s"),
     }
+}
+
+/// Comma-separated, as iptables wants lists.
+pub(crate) fn join<T: std::fmt::Display>(items: &[T]) -> String {
+    let mut text = String::new();
+    for (at, item) in items.iter().enumerate() {
+        if at > 0 {
+            text.push(',');
+        }
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{item}");
+    }
+    text
 }
 
 #[cfg(test)]

@@ -23,13 +23,15 @@ use kube::client::ConfigExt;
 use kube::config::{Kubeconfig, KubeconfigError};
 use tower::{BoxError, ServiceBuilder};
 
+/// The server ends a watch after this; bookmarks every minute or so keep it alive until then.
+pub const WATCH_SECONDS: u32 = 240;
 /// Where Kubernetes mounts a Pod's token.
 const TOKEN_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 /// A server that accepts no connection within this is away.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A connection on which a request or a watch hears nothing for this long is dead. Above the
 /// length of a watch, which the server ends in time.
-const READ_TIMEOUT: Duration = Duration::from_secs(super::watch::WATCH_SECONDS as u64 + 15);
+const READ_TIMEOUT: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 15);
 /// The kernel asks after a silent peer this often, and gives it up after three questions.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Sent data that nobody acknowledges for this long ends the connection.

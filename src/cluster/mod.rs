@@ -11,6 +11,7 @@ pub mod endpoints;
 mod feed;
 pub mod file;
 pub mod health;
+mod interests;
 pub mod network_policy;
 pub mod node;
 pub mod service;
@@ -34,7 +35,8 @@ use workload::{Namespace, Pod};
 
 pub use access::Access;
 pub use health::WatchHealth;
-pub use source::{Error, Interests, Source, run};
+pub use interests::Interests;
+pub use source::{Error, Source, run};
 
 /// Namespace and name of an object.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

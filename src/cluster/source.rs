@@ -1,11 +1,10 @@
 //! Where the cluster's state comes from, and the task that keeps it coming.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use super::access::{self, Access};
-use super::{Cluster, Kind, file, watch};
+use super::interests::Interests;
+use super::{Cluster, file, watch};
 use crate::report::Reporter;
 
 /// What to read.
@@ -15,26 +14,6 @@ pub enum Source {
     Api(Access),
     /// A folder of YAML and JSON files (`--manifests`).
     Manifests(PathBuf),
-}
-
-/// What the rooms want to know about.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Interests {
-    /// Kinds to watch. Others are never asked for.
-    pub kinds: BTreeSet<Kind>,
-    /// Watch only this Node and not all of them: their heartbeats are most of the traffic of a
-    /// big, quiet cluster.
-    pub only_node: Option<Arc<str>>,
-}
-
-impl Interests {
-    /// What the Service room reads; `node` is the Node this process runs for.
-    pub fn service_proxy(node: impl Into<Arc<str>>) -> Self {
-        Self {
-            kinds: BTreeSet::from([Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr]),
-            only_node: Some(node.into()),
-        }
-    }
 }
 
 /// A configuration that cannot work; retrying would not help.

@@ -15,9 +15,10 @@ use futures::{FutureExt, Stream, StreamExt};
 use kube::runtime::watcher::{self, Config, Event};
 use kube::{Api, Client};
 
+use super::access::WATCH_SECONDS;
 use super::feed::{Feed, Stored};
 use super::health::WatchHealth;
-use super::source::Interests;
+use super::interests::Interests;
 use super::wire::{
     Item, NamespaceObject, NetworkPolicyObject, NodeObject, PodObject, ServiceCidrObject, ServiceObject,
     SliceObject, Version,
@@ -25,8 +26,6 @@ use super::wire::{
 use super::{Cluster, Kind};
 use crate::report::Reporter;
 
-/// The server ends a watch after this; bookmarks every minute or so keep it alive until then.
-pub const WATCH_SECONDS: u32 = 240;
 /// Objects per page: more costs memory, fewer costs requests.
 const PAGE: u32 = 500;
 /// The first retry follows at once, a server in trouble is asked every half minute.

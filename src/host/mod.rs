@@ -4,7 +4,7 @@
 //! - [`events`]: what changed in links, addresses and routes, as it happens.
 //! - [`conntrack`]: flows the kernel tracks; which of them are stale; their exact deletion.
 //! - [`sysctl`]: read, compare, write only what differs.
-//! - [`kernel`]: what this kernel can do, and the cure for what it cannot.
+//! - [`kernel`]: what this kernel can do, and the cure for what it cannot; [`release`]: its version.
 //!
 //! No policy lives here: which route, which sysctl or which flow is right is decided by the rooms.
 //! Each handle belongs to the network namespace of the thread that opened it.
@@ -15,6 +15,7 @@ mod error;
 pub mod events;
 pub mod kernel;
 pub mod link;
+pub mod release;
 pub mod route;
 pub mod sysctl;
 

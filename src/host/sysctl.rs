@@ -6,7 +6,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::kernel::Release;
+use super::release::Release;
 
 /// What a parameter should hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

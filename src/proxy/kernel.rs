@@ -23,7 +23,8 @@ use crate::cluster::service::Protocol;
 use crate::cluster::{ServiceKey, Waker};
 use crate::host::conntrack::{Conntrack, RemovedEndpoint};
 use crate::host::events::{Event, Events, Interest, Watching};
-use crate::host::kernel::{Presence, Release};
+use crate::host::kernel::Presence;
+use crate::host::release::Release;
 use crate::host::route::{PROTOCOL, Route, RouteChange, RouteFailure, RouteFilter, RouteKey, TABLE_LOCAL};
 use crate::host::{Network, address, kernel, sysctl};
 

@@ -26,8 +26,8 @@ use serde_json::Value;
 
 use super::feed::{Feed, Stored};
 use super::health::WatchHealth;
+use super::interests::Interests;
 use super::service::Problem;
-use super::source::Interests;
 use super::wire::{
     Item, NamespaceObject, NetworkPolicyObject, NodeObject, PodObject, ServiceCidrObject, ServiceObject,
     SliceObject,
