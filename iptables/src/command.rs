@@ -248,6 +248,36 @@ impl Command {
         Ok(plan)
     }
 
+    /// [`Self::sync`] of several tables with one program to read and, where anything differs, one to
+    /// write. Each table is still one atomic step; one that is refused does not keep the others from being
+    /// written. One result per table, in the order given.
+    #[must_use]
+    pub fn sync_tables(&self, ours: &Ours, wanted: &[(TableName, Ruleset)]) -> Vec<Result<Plan, Error>> {
+        self.sync_at_once(ours, wanted)
+            // Who is to blame, and what was written before it, shows one by one.
+            .unwrap_or_else(|_| {
+                wanted.iter().map(|(table, ruleset)| self.sync(*table, ours, ruleset)).collect()
+            })
+    }
+
+    fn sync_at_once(
+        &self,
+        ours: &Ours,
+        wanted: &[(TableName, Ruleset)],
+    ) -> Result<Vec<Result<Plan, Error>>, Error> {
+        let save = run(&self.save, &[], "")?;
+        let plans = wanted
+            .iter()
+            .map(|(table, ruleset)| Ok(plan(&parse(&save, *table, ours)?, ruleset, ours, self.family)?))
+            .collect::<Result<Vec<Plan>, Error>>()?;
+        let documents: String =
+            wanted.iter().zip(&plans).map(|((table, _), plan)| plan.document(*table)).collect();
+        if !documents.is_empty() {
+            self.restore(&documents)?;
+        }
+        Ok(plans.into_iter().map(Ok).collect())
+    }
+
     /// What [`Self::sync`] would do, without doing it.
     ///
     /// # Errors

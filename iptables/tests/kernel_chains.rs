@@ -325,6 +325,39 @@ fn a_refused_document_changes_nothing_and_names_the_rule() {
 }
 
 #[test]
+fn tables_are_made_right_together_and_one_refused_keeps_none_back() {
+    each(|command| {
+        let mangle = Ruleset {
+            chains: BTreeMap::from([(chain("T-M"), vec![Rule::new(Target::Accept)])]),
+            jumps: vec![Jump {
+                from: Builtin::Output,
+                rule: Rule::jump(chain("T-M")),
+                position: Position::First,
+            }],
+        };
+        let good = [(TableName::Filter, small()), (TableName::Mangle, mangle.clone())];
+        let done = command.sync_tables(&ours(), &good);
+        assert!(done.iter().all(|plan| !plan.as_ref().unwrap().is_empty()), "{done:?}");
+        let again = command.sync_tables(&ours(), &good);
+        assert!(again.iter().all(|plan| plan.as_ref().unwrap().is_empty()), "{again:?}");
+
+        let mut bad = small();
+        let missing = Rule::new(Target::Accept).when(Match::set(set("t-none"), &[Source]));
+        bad.chains.get_mut(&chain("T-B")).unwrap().push(missing);
+        let mut more = mangle;
+        more.chains.get_mut(&chain("T-M")).unwrap().push(Rule::new(Target::Drop));
+        let before = listing(&command);
+        let done =
+            command.sync_tables(&ours(), &[(TableName::Filter, bad), (TableName::Mangle, more.clone())]);
+        let [Err(Error::Failed { stderr, .. }), Ok(plan)] = done.as_slice() else { panic!("{done:?}") };
+        assert!(stderr.contains("t-none"), "{stderr}");
+        assert_eq!(plan.written, [chain("T-M")]);
+        assert_eq!(listing(&command), before);
+        assert!(command.compare(TableName::Mangle, &ours(), &more).unwrap().is_empty());
+    });
+}
+
+#[test]
 fn sets_and_chains_are_removed_in_order_and_a_set_in_use_is_told() {
     each(|command| {
         sets(command.family());

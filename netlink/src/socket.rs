@@ -403,14 +403,15 @@ impl Socket {
 
     /// The next datagram from the kernel, within the limit of patience.
     fn answer(&mut self) -> Result<usize, Error> {
-        let deadline = Instant::now() + PATIENCE;
+        let mut deadline = None;
         loop {
             // Almost always the answer is there, so waiting is only asked for when it is not.
             match self.receive(MsgFlags::MSG_DONTWAIT) {
                 Ok(Some(length)) => return Ok(length),
                 Ok(None) => {}
                 Err(Error::Receive { source: Errno::EAGAIN }) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
+                    let now = Instant::now();
+                    let left = deadline.get_or_insert(now + PATIENCE).saturating_duration_since(now);
                     if left.is_zero() || !self.readable(Some(left))? {
                         return Err(Error::Timeout(PATIENCE));
                     }

@@ -261,6 +261,7 @@ impl Cluster {
             return;
         }
         state.services.insert(key.clone(), Arc::new(service));
+        drop(state);
         self.mark(|dirty| {
             dirty.services.insert(key.clone());
         });
@@ -433,6 +434,8 @@ impl Cluster {
             let mut content = lock(&inbox.content);
             change(&mut content.dirty);
             content.dirty.since.get_or_insert(now);
+            // Who wakes up needs the lock at once.
+            drop(content);
             inbox.arrived.notify_all();
         }
     }

@@ -51,24 +51,30 @@ impl Chains {
     pub fn sync(&mut self, wanted: Rules, check: bool) -> Result<usize, Error> {
         let mut repaired = 0;
         let mut failure = None;
+        let mut families: BTreeMap<Family, Vec<(TableName, Ruleset)>> = BTreeMap::new();
         for (key, ruleset) in wanted {
-            if !check && self.known.get(&key) == Some(&ruleset) {
-                continue;
+            if check || self.known.get(&key) != Some(&ruleset) {
+                families.entry(key.0).or_default().push((key.1, ruleset));
             }
-            let (family, table) = key;
+        }
+        for (family, tables) in families {
             let Some(command) = self.commands.get(&family) else { continue };
-            match command.sync(table, &self.ours, &ruleset) {
-                Ok(plan) => {
-                    if !plan.is_empty() {
-                        repaired += 1;
-                        tracing::info!(?family, %table, changes = ?plan.describe(), "iptables written");
+            // Programs are dear, so one reads and one writes all tables of a family.
+            let results = command.sync_tables(&self.ours, &tables);
+            for ((table, ruleset), result) in tables.into_iter().zip(results) {
+                match result {
+                    Ok(plan) => {
+                        if !plan.is_empty() {
+                            repaired += 1;
+                            tracing::info!(?family, %table, changes = ?plan.describe(), "iptables written");
+                        }
+                        self.known.insert((family, table), ruleset);
                     }
-                    self.known.insert(key, ruleset);
-                }
-                Err(error) => {
-                    self.known.remove(&key);
-                    tracing::warn!(?family, %table, %error, "iptables refused");
-                    failure = Some(error);
+                    Err(error) => {
+                        self.known.remove(&(family, table));
+                        tracing::warn!(?family, %table, %error, "iptables refused");
+                        failure = Some(error);
+                    }
                 }
             }
         }

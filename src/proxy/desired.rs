@@ -161,6 +161,9 @@ fn frontend_port(kind: VipKind, port: &ServicePort) -> Option<u16> {
 /// Two VIPs of one Service may coincide (an external IP that is also a load-balancer IP): the
 /// first is served; source ranges of any of them hold for the address.
 fn drop_duplicates(service: &Service, state: &mut ServiceState) {
+    if state.frontends.len() < 2 {
+        return;
+    }
     let mut seen: BTreeMap<(Protocol, IpAddr, u16), usize> = BTreeMap::new();
     let mut kept: Vec<Frontend> = Vec::with_capacity(state.frontends.len());
     for frontend in state.frontends.drain(..) {

@@ -87,13 +87,19 @@ impl Ledger {
     /// Replaces what one Service asks for; `None` when it is gone.
     pub fn put(&mut self, key: &ServiceKey, state: Option<ServiceState>) -> Touched {
         let mut touched = Touched::default();
+        self.put_into(key, state, &mut touched);
+        touched
+    }
+
+    /// [`Ledger::put`] that adds to what others touched: many Services share the memory for it.
+    pub fn put_into(&mut self, key: &ServiceKey, state: Option<ServiceState>, touched: &mut Touched) {
         let new = state.map(Arc::new);
         let old = match &new {
             Some(new) => self.services.insert(key.clone(), new.clone()),
             None => self.services.remove(key),
         };
         if old.as_deref() == new.as_deref() {
-            return touched;
+            return;
         }
         let affected: HashSet<FrontendKey, FixedState> =
             old.iter().chain(&new).flat_map(|state| state.frontends.iter().map(frontend_key)).collect();
@@ -102,28 +108,27 @@ impl Ledger {
         for frontend in &affected {
             if let Some(winner) = self.winner(frontend) {
                 let state = if winner == *key { old.clone() } else { self.services.get(&winner).cloned() };
-                self.account(&winner, state.as_deref(), frontend, false, &mut touched);
+                self.account(&winner, state.as_deref(), frontend, false, touched);
             }
         }
         if let Some(old) = &old {
-            self.account_service(old, false, &mut touched);
+            self.account_service(old, false, touched);
             for frontend in &old.frontends {
-                self.unclaim(&frontend_key(frontend), key, &mut touched);
+                self.unclaim(&frontend_key(frontend), key, touched);
             }
         }
         if let Some(new) = &new {
-            self.account_service(new, true, &mut touched);
+            self.account_service(new, true, touched);
             for frontend in &new.frontends {
-                self.claim(frontend_key(frontend), new.created, key, &mut touched);
+                self.claim(frontend_key(frontend), new.created, key, touched);
             }
         }
         for frontend in &affected {
             if let Some(winner) = self.winner(frontend) {
                 let state = self.services.get(&winner).cloned();
-                self.account(&winner, state.as_deref(), frontend, true, &mut touched);
+                self.account(&winner, state.as_deref(), frontend, true, touched);
             }
         }
-        touched
     }
 
     /// Desired virtual servers.

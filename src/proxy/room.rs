@@ -60,6 +60,8 @@ pub struct Room {
     schedule: Schedule,
     /// The kernel refused single objects in this turn.
     refused: bool,
+    /// The chains were read back and made right in this turn.
+    rules_checked: bool,
     /// The kernel has been read and compared once since every watch listed.
     adopted: bool,
 }
@@ -96,6 +98,7 @@ impl Room {
             pending: Dirty::default(),
             schedule,
             refused: false,
+            rules_checked: false,
             adopted: false,
         };
         Ok((room, view))
@@ -111,7 +114,8 @@ impl Room {
             let sleep =
                 due.map_or(LONGEST_SLEEP, |due| due.saturating_duration_since(now)).min(LONGEST_SLEEP);
             let dirty = self.subscription.wait(sleep, Duration::ZERO);
-            self.shared.turned();
+            let woken = Instant::now();
+            self.shared.turned(woken);
             if self.shared.is_stopping() {
                 return Ok(());
             }
@@ -121,17 +125,17 @@ impl Room {
                 // Nothing is decided on an incomplete view; the kernel keeps what it has.
                 continue;
             }
-            self.turn();
+            self.turn(woken);
         }
     }
 
     /// One turn: what is pending, what drains, what is due.
-    fn turn(&mut self) {
-        let started = Instant::now();
+    fn turn(&mut self, started: Instant) {
         let host_changed = self.kernel.take_host_changes();
         let mut clean = true;
         let mut worked = false;
         self.refused = false;
+        self.rules_checked = false;
 
         if host_changed.routes {
             self.schedule.request_routes(started);
@@ -165,10 +169,10 @@ impl Room {
             // What was in the kernel before and nobody wants is removed only now that every
             // Service is known.
             clean &= self.pass(&Scope::All);
-            clean &= self.sync_rules(true);
+            clean &= self.sync_rules(!self.rules_checked);
             // What failed is compared again soon; it does not keep the rest from being adopted.
             self.adopted = true;
-        } else if let Some(audit) = self.schedule.take_due(Instant::now()) {
+        } else if let Some(audit) = self.schedule.take_due(started) {
             worked = true;
             clean &= self.audit(audit);
         }
@@ -285,8 +289,7 @@ impl Room {
                 Some(health) => self.health.insert(key.clone(), health),
                 None => self.health.remove(key),
             };
-            let more = self.ledger.put(key, state);
-            touched.extend(more);
+            self.ledger.put_into(key, state, &mut touched);
             changed.push(key.clone());
         }
         changed.extend(std::mem::take(&mut touched.services));
@@ -561,6 +564,7 @@ impl Room {
         self.shared.worked(|work| work.rules += started.elapsed());
         match result {
             Ok(repaired) => {
+                self.rules_checked |= check;
                 if repaired > 0 && self.adopted && check {
                     self.shared.drifted(repaired);
                 }

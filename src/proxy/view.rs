@@ -49,8 +49,8 @@ impl Shared {
         self.stopping.load(Ordering::Acquire)
     }
 
-    pub(super) fn turned(&self) {
-        lock(&self.health).last_turn = Instant::now();
+    pub(super) fn turned(&self, now: Instant) {
+        lock(&self.health).last_turn = now;
     }
 
     pub(super) fn passed(&self, started: Instant, since: Option<Instant>, servers: usize, draining: usize) {

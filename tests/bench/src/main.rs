@@ -2,6 +2,7 @@
 //! replayed raw on the same kernel. Started by `scripts/bench`, in a lab.
 
 mod daemon;
+mod pure;
 mod report;
 mod shape;
 mod sides;
@@ -68,6 +69,11 @@ enum What {
         #[arg(long)]
         folder: PathBuf,
     },
+    /// Times of the parts that need no kernel.
+    Pure {
+        #[command(flatten)]
+        shape: Shape,
+    },
     /// The whole daemon against an API server.
     Daemon {
         #[command(flatten)]
@@ -89,6 +95,7 @@ fn main() -> Result<()> {
         }
         What::Ferroute { shape, capture } => print(&sides::ferroute(&shape, capture.as_deref())?),
         What::Floor { folder, verify } => print(&sides::floor(&folder, verify)?),
+        What::Pure { shape } => pure::pure(&shape),
         What::Commands { folder } => print(&sides::commands(&folder)?),
         What::Daemon { shape, program } => print(&daemon::daemon(&shape, &program)?),
     }

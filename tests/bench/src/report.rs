@@ -33,15 +33,17 @@ pub struct Report {
 }
 
 /// Rows in their order.
-const ROWS: [&str; 11] = [
+const ROWS: [&str; 13] = [
     "cold start",
     "cold start: tables",
     "cold start: chains",
     "API Service usable",
     "one endpoint added",
+    "one endpoint added, woken",
     "one endpoint removed",
     "one Service added",
     "one Service removed",
+    "opening the handles",
     "warm restart",
     "warm restart: tables",
     "full audit",
@@ -70,7 +72,7 @@ fn table(shape: &Shape, figures: &Figures) -> String {
     // Writing to a String cannot fail.
     let _ = writeln!(
         out,
-        "\n{shape}\n{:<22} {:>11} {:>11}  {:<22} {:>12} {:>12} {:>10}",
+        "\n{shape}\n{:<26} {:>11} {:>11}  {:<22} {:>12} {:>12} {:>10}",
         "", "ferroute ms", "floor ms", "ratio", "written", "floor", "asked"
     );
     for row in ROWS {
@@ -93,13 +95,13 @@ fn table(shape: &Shape, figures: &Figures) -> String {
         }
         let _ = writeln!(
             out,
-            "{row:<22} {time:>11} {floor_time:>11}  {ratio:<22} {:>12} {floor_written:>12} {:>10}",
+            "{row:<26} {time:>11} {floor_time:>11}  {ratio:<22} {:>12} {floor_written:>12} {:>10}",
             count(last.written),
             count(last.asked),
         );
     }
     for (command, sample) in &figures.commands {
-        let _ = writeln!(out, "{command:<22} {:>11} {:>11}", "", ms(sample.ms));
+        let _ = writeln!(out, "{command:<26} {:>11} {:>11}", "", ms(sample.ms));
     }
     if !figures.daemon.is_empty() {
         let of = |field: fn(&Daemon) -> f64| spread(figures.daemon.iter().map(field)).1;

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use ferroute::cluster::node::Node;
 use ferroute::cluster::{Cluster, Kind};
 use ferroute::host::route::{PROTOCOL, TABLE_LOCAL};
 use ferroute::proxy::work::Messages;
@@ -18,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::shape::{ENDPOINTS, NODE_ADDRESS, Shape, vip};
 use crate::tables::{Script, Step, Tables, cold, ipvs_family, steps};
 
-/// Events of each kind in one run; the run's figure is their mean.
+/// Events of each kind in one run; the run's figure is their median.
 pub const EVENTS: u32 = 20;
 
 /// One measured step.
@@ -54,20 +55,28 @@ fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }
 
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
 /// A room on its thread.
 struct Running {
     cluster: Cluster,
     view: View,
+    /// When the handles were open and the thread started.
+    opened: Instant,
     thread: std::thread::JoinHandle<Result<(), ferroute::proxy::Error>>,
 }
 
 impl Running {
     fn start(shape: &Shape, cluster: &Cluster) -> Result<Self> {
         let (room, view) = Room::open(shape.settings()?, cluster.subscribe(), Reporter::new("n1"))?;
+        let opened = Instant::now();
         let thread = std::thread::Builder::new().name("proxy".into()).spawn(move || room.run())?;
         // Until it waits for the first list.
         std::thread::sleep(Duration::from_millis(50));
-        Ok(Self { cluster: cluster.clone(), view, thread })
+        Ok(Self { cluster: cluster.clone(), view, opened, thread })
     }
 
     fn wait(&self, what: &str, done: impl Fn(&Self) -> bool) -> Result<()> {
@@ -87,12 +96,14 @@ impl Running {
     /// acknowledgement.
     fn events(&self, count: u32, mut cause: impl FnMut(&Cluster, u32) -> Result<()>) -> Result<Sample> {
         let before = self.view.work();
+        let mut times = Vec::new();
         for index in 0..count {
-            let changes = self.view.work().changes;
+            let last = self.view.work();
             cause(&self.cluster, index)?;
-            self.wait("an event", |running| running.view.work().changes > changes)?;
+            self.wait("an event", |running| running.view.work().changes > last.changes)?;
+            times.push(ms(self.view.work().latency.saturating_sub(last.latency)));
         }
-        Ok(between(&before, &self.view.work(), count))
+        Ok(Sample { ms: median(times), ..between(&before, &self.view.work(), count) })
     }
 
     fn stop(self) -> Result<()> {
@@ -170,10 +181,9 @@ pub fn ferroute(shape: &Shape, capture: Option<&Path>) -> Result<Samples> {
 
     let stride = (shape.services / EVENTS).max(1);
     let one_more = ENDPOINTS + 1;
-    put(
-        "one endpoint added",
-        running.events(EVENTS, |cluster, n| shape.set_endpoints(cluster, n * stride, one_more))?,
-    );
+    let added = running.events(EVENTS, |cluster, n| shape.set_endpoints(cluster, n * stride, one_more))?;
+    put("one endpoint added", added);
+    put("one endpoint added, woken", added);
     snapshot(capture)?;
     put("one Service added", running.events(EVENTS, |cluster, n| shape.add(cluster, shape.services + n))?);
     snapshot(capture)?;
@@ -187,13 +197,17 @@ pub fn ferroute(shape: &Shape, capture: Option<&Path>) -> Result<Samples> {
 
     let opening = Instant::now();
     let running = Running::start(shape, &cluster)?;
+    let opened = running.opened;
     running.wait("the warm restart", |running| running.view.health().passes > 0)?;
     let passed = running.view.health().last_clean_pass.context("no pass")?;
     let work = running.view.work();
-    // Reopening sleeps a little for the room's thread to wait; nothing of it is ferroute's.
-    let restart = passed.saturating_duration_since(opening);
+    let restart = passed.saturating_duration_since(opened);
     let sample = between(&Work::default(), &work, 1);
     put("warm restart", Sample { ms: ms(restart), ..sample });
+    put(
+        "opening the handles",
+        Sample { ms: ms(opened.saturating_duration_since(opening)), ..Sample::default() },
+    );
     put("warm restart: tables", Sample { ms: ms(restart.saturating_sub(work.rules)), ..sample });
     running.wait("an audit", |running| running.view.work().audits > 0)?;
     std::thread::sleep(Duration::from_millis(20));
@@ -326,16 +340,16 @@ impl Sockets {
 
 fn measured(sockets: &mut Sockets, steps: &[Step]) -> Result<Sample> {
     let before = sockets.messages();
-    let mut spent = Duration::ZERO;
+    let mut times = Vec::new();
     for step in steps {
         let started = Instant::now();
         sockets.replay(step)?;
-        spent += started.elapsed();
+        times.push(ms(started.elapsed()));
         // Like ferroute, which waits for the next event.
         std::thread::sleep(Duration::from_millis(2));
     }
     let count = steps.len().max(1) as f64;
-    Ok(Sample { ms: ms(spent) / count, written: (sockets.messages() - before) / count, asked: 0.0 })
+    Ok(Sample { ms: median(times), written: (sockets.messages() - before) / count, asked: 0.0 })
 }
 
 /// One run of the floor: the script's messages, already encoded. With `verify` the tables are read
@@ -375,8 +389,11 @@ pub fn floor(folder: &Path, verify: bool) -> Result<Samples> {
     samples.insert("full audit".into(), audit);
     samples.insert("warm restart: tables".into(), audit);
 
+    // Twice on the same messages would be refused, so half of them after a wake-up.
+    let (plain, woken) = script.endpoints_added.split_at(script.endpoints_added.len() / 2);
+    samples.insert("one endpoint added, woken".into(), after_wake(&mut sockets, woken)?);
+    samples.insert("one endpoint added".into(), measured(&mut sockets, plain)?);
     for (name, part) in [
-        ("one endpoint added", &script.endpoints_added),
         ("one Service added", &script.services_added),
         ("one Service removed", &script.services_removed),
         ("one endpoint removed", &script.endpoints_removed),
@@ -384,6 +401,32 @@ pub fn floor(folder: &Path, verify: bool) -> Result<Samples> {
         samples.insert(name.into(), measured(&mut sockets, part)?);
     }
     Ok(samples)
+}
+
+/// As [`measured`], but from a change of the shared state that wakes the thread which replays: what the
+/// hand-over between decoder and room costs by itself.
+fn after_wake(sockets: &mut Sockets, steps: &[Step]) -> Result<Sample> {
+    let cluster = Cluster::new();
+    let subscription = cluster.subscribe();
+    let before = sockets.messages();
+    let mut times = Vec::new();
+    std::thread::scope(|scope| -> Result<()> {
+        let replayer = scope.spawn(|| -> Result<()> {
+            for step in steps {
+                let dirty = subscription.wait(Duration::from_secs(60), Duration::ZERO);
+                sockets.replay(step)?;
+                times.push(ms(dirty.since.context("no change came")?.elapsed()));
+            }
+            Ok(())
+        });
+        for index in 0..steps.len() {
+            std::thread::sleep(Duration::from_millis(2));
+            cluster.apply_node(Node { name: format!("n{index}").into(), ..Node::default() });
+        }
+        replayer.join().map_err(|_| anyhow::anyhow!("the replaying thread panicked"))?
+    })?;
+    let count = steps.len().max(1) as f64;
+    Ok(Sample { ms: median(times), written: (sockets.messages() - before) / count, asked: 0.0 })
 }
 
 /// One program per family, all tables in one document.
