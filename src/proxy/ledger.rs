@@ -34,6 +34,8 @@ pub struct Touched {
     pub entries: BTreeSet<(SetName, Entry)>,
     /// VIPs that may need binding or unbinding.
     pub vips: BTreeSet<IpAddr>,
+    /// Every route may: the node's facts changed.
+    pub routes: bool,
     /// Services that won or lost a frontend to another.
     pub services: BTreeSet<ServiceKey>,
 }
@@ -57,6 +59,7 @@ impl Touched {
         self.servers.extend(more.servers);
         self.entries.extend(more.entries);
         self.vips.extend(more.vips);
+        self.routes |= more.routes;
         self.services.extend(more.services);
     }
 }

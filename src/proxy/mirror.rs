@@ -193,11 +193,7 @@ pub fn diff(
     changes.sets_last.extend(difference.destroy);
 
     changes.routes = match scope {
-        Scope::All => {
-            let desired = desired_routes(ledger, facts, device);
-            route::diff(mirror.routes.values(), desired.values())
-        }
-        Scope::Touched(touched) => {
+        Scope::Touched(touched) if !touched.routes => {
             let mut actual = Vec::new();
             let mut desired = Vec::new();
             for vip in &touched.vips {
@@ -210,6 +206,10 @@ pub fn diff(
                 }
             }
             route::diff(actual, &desired)
+        }
+        _ => {
+            let desired = desired_routes(ledger, facts, device);
+            route::diff(mirror.routes.values(), desired.values())
         }
     };
     changes
@@ -389,6 +389,40 @@ mod tests {
         assert_eq!(
             changes.describe(),
             ["add destination 10.244.1.3:8080 to virtual server TCP 10.96.0.1:80"]
+        );
+    }
+
+    #[test]
+    fn a_range_that_comes_is_bound_before_its_vips_are_unbound() {
+        let mut ledger = Ledger::new(&[Family::V4]);
+        let single = Facts { bound_ranges: Vec::new(), ..fixture::facts() };
+        ledger.put_node(&single);
+        let (key, wanted) = state(&Move {
+            name: 1,
+            gone: false,
+            created: 0,
+            external: Vec::new(),
+            node_port: None,
+            local: false,
+            guarded: false,
+            hairpin: false,
+            udp: false,
+            endpoints: BTreeSet::new(),
+        });
+        ledger.put(&key, wanted);
+        let mut mirror = Mirror::default();
+        let run = |mirror: &Mirror, facts: &Facts, scope: &Scope<'_>| {
+            diff(mirror, &ledger, &mut Drains::default(), facts, 7, scope, None, Instant::now())
+        };
+        let changes = run(&mirror, &single, &Scope::All);
+        apply(&mut mirror, &changes);
+        let touched = Touched { routes: true, ..Touched::default() };
+        let changes = run(&mirror, &fixture::facts(), &Scope::Touched(&touched)).describe();
+        assert!(
+            changes.len() == 2
+                && changes[0].starts_with("add route local 10.96.0.0/12 ")
+                && changes[1].starts_with("delete route local 10.96.0.1/32 "),
+            "{changes:?}"
         );
     }
 

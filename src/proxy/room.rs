@@ -35,7 +35,8 @@ const DRAIN_TICK: Duration = Duration::from_secs(1);
 /// Longest sleep: the loop turns at least so often, which is what liveness means.
 const LONGEST_SLEEP: Duration = Duration::from_secs(5);
 /// Kinds without which nothing may be decided.
-const NEEDED: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Node];
+/// Ranges are among them: without, a restart would unbind a range that is bound.
+const NEEDED: [Kind; 4] = [Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr];
 
 /// The Service room. [`Room::run`] is its thread.
 pub struct Room {
@@ -55,6 +56,8 @@ pub struct Room {
     health: BTreeMap<ServiceKey, (u16, usize)>,
     /// Services of which something was refused by the kernel, until the next clean pass.
     troubled: BTreeSet<ServiceKey>,
+    /// The facts could not be gathered when they changed; tried again on every turn.
+    stale_facts: bool,
     /// Changes taken from the cluster that no pass has applied yet.
     pending: Dirty,
     schedule: Schedule,
@@ -95,6 +98,7 @@ impl Room {
             health_servers: HealthServers::new(runtime),
             health: BTreeMap::new(),
             troubled: BTreeSet::new(),
+            stale_facts: false,
             pending: Dirty::default(),
             schedule,
             refused: false,
@@ -144,9 +148,12 @@ impl Room {
             || host_changed.addresses
             || !self.pending.nodes.is_empty()
             || self.pending.service_cidrs
+            || self.stale_facts
         {
             worked = true;
-            clean &= self.refresh_facts();
+            // What woke us is forgotten below; a failure is not.
+            self.stale_facts = !self.refresh_facts();
+            clean &= !self.stale_facts;
         }
         if !self.adopted {
             clean &= self.read_kernel();
@@ -163,6 +170,7 @@ impl Room {
             clean &= self.take_services(&dirty);
         }
         if self.next_drain_tick.is_some_and(|tick| tick <= started) {
+            worked = true;
             clean &= self.tick_drains();
         }
         if !self.adopted {
@@ -233,10 +241,9 @@ impl Room {
         if !self.adopted {
             return true;
         }
-        touched.vips.extend(self.ledger.vips());
+        // A range that comes takes the place of its single VIPs in one step.
+        touched.routes = true;
         let clean = self.pass(&Scope::Touched(&touched));
-        // Ranges and preferred sources are compared as a whole.
-        self.schedule.request_routes(Instant::now());
         self.sync_rules(false) && clean
     }
 
@@ -328,6 +335,7 @@ impl Room {
     }
 
     fn apply(&mut self, changes: Changes) -> bool {
+        tracing::debug!(changes = ?changes.describe(), "kernel tables change");
         let udp = changes.udp(&self.mirror, |key| self.ledger.protocol(key));
         let mut clean = true;
 

@@ -43,6 +43,14 @@ impl Lab {
 
     /// The cluster and its API server; no ferroute yet.
     pub fn without_daemons(builder: Builder) -> Self {
+        Self::without_daemons_by(builder, |server| server)
+    }
+
+    /// The same with an API server of other settings.
+    pub fn without_daemons_by(
+        builder: Builder,
+        settings: impl FnOnce(ferroute_apiserver::Builder) -> ferroute_apiserver::Builder,
+    ) -> Self {
         let cluster = builder.pod_ports(POD_PORTS).build().unwrap();
         let nodes = cluster.nodes.iter().map(|node| {
             let spec = NodeSpec::new(&node.name, node.ips.clone()).pod_cidrs(node.pod_cidrs.clone());
@@ -59,7 +67,10 @@ impl Lab {
             .collect();
         let server = cluster
             .router
-            .run(|| ApiServer::builder().listen(listen).nodes(nodes).service_cidrs(ranges).start())
+            .run(|| {
+                let server = ApiServer::builder().listen(listen).nodes(nodes).service_cidrs(ranges);
+                settings(server).start()
+            })
             .unwrap();
         // Linux tells one client of at most six refusals in a row, then of one a second; tests refuse
         // more, and measure how long one takes.

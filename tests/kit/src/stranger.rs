@@ -49,7 +49,10 @@ impl Stranger {
     }
 
     fn look(netns: &Netns) -> Result<KernelSnapshot> {
-        Ok(KernelSnapshot::take(netns)?.only(|line| MARKS.iter().any(|mark| line.contains(mark))))
+        Ok(KernelSnapshot::take(netns)?.only(|line| {
+            // ferroute lists every address of the host in a set of its own, the stranger's too.
+            !line.contains("kube-router-") && MARKS.iter().any(|mark| line.contains(mark))
+        }))
     }
 
     /// Compares what there is now with what was planted; the difference, empty when untouched.
