@@ -116,7 +116,7 @@ fn a_folder_of_yaml_serves_every_kind_of_client() {
         .unwrap();
     let strangers: Vec<Stranger> = cluster.nodes.iter().map(|node| Stranger::plant(node).unwrap()).collect();
     let before: Vec<KernelSnapshot> =
-        cluster.nodes.iter().map(|node| KernelSnapshot::take(node).unwrap()).collect();
+        cluster.nodes.iter().map(|node| KernelSnapshot::settled(node, SOON).unwrap()).collect();
     let folder = Folder::new(&cluster);
     folder.write("web.yaml", &web(&cluster, |_| true));
     let mut daemons = start(&cluster, &folder.0);

@@ -52,8 +52,9 @@ fn run() -> Result<Figures> {
 
     step(1, "A cluster of three nodes, a router and an outside client, in one kernel");
     let begin = Instant::now();
-    let cluster = Cluster::builder().families(Families::Dual).nodes(3).build()?;
-    let before = cluster.nodes.iter().map(settled).collect::<Result<Vec<_>>>()?;
+    let cluster = Cluster::builder().families(Families::Dual).nodes(3).zones(["a", "b", "c"]).build()?;
+    let before =
+        cluster.nodes.iter().map(|node| KernelSnapshot::settled(node, SOON)).collect::<Result<Vec<_>>>()?;
     let server = start_api_server(&cluster)?;
     let settings = kubelet::Settings { serve_after_deletion: Duration::from_secs(2), ..Default::default() };
     let kubelet = Kubelet::start(&cluster, server.address(), settings)?;
@@ -174,29 +175,13 @@ fn run() -> Result<Figures> {
     Ok(figures)
 }
 
-/// What a node's kernel holds once it has made the local routes of its own IPv6 addresses: it does so
-/// some time after they are set, and on a busy machine that would look like something left behind.
-fn settled(node: &Node) -> Result<KernelSnapshot> {
-    let deadline = Instant::now() + SOON;
-    loop {
-        let snapshot = KernelSnapshot::take(node)?;
-        let routes = snapshot.sections.get("route").map(Vec::as_slice).unwrap_or_default();
-        let missing = snapshot.sections.get("address").into_iter().flatten().find(|line| {
-            let address = line.split_once(" inet6 ").and_then(|(_, rest)| rest.split('/').next());
-            address.is_some_and(|own| !routes.iter().any(|route| route.starts_with(&format!("local {own} "))))
-        });
-        let Some(missing) = missing else { return Ok(snapshot) };
-        ensure!(Instant::now() < deadline, "{}: the kernel made no local route for {missing}", node.name);
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
 fn start_api_server(cluster: &Cluster) -> Result<ApiServer> {
     let nodes: Vec<NodeSpec> = cluster
         .nodes
         .iter()
         .map(|node| {
-            NodeSpec::new(&node.name, node.ips.iter().copied()).pod_cidrs(node.pod_cidrs.iter().copied())
+            let spec = NodeSpec::new(&node.name, node.ips.iter().copied());
+            spec.pod_cidrs(node.pod_cidrs.iter().copied()).zone(node.zone.as_deref().unwrap_or_default())
         })
         .collect();
     let parse = |list: &[&str]| list.iter().map(|net| net.parse()).collect::<Result<Vec<_>, _>>();

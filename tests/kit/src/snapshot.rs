@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::assert::difference;
 use crate::{Netns, kernel};
@@ -60,6 +61,28 @@ impl KernelSnapshot {
             }),
         );
         Ok(Self { sections })
+    }
+
+    /// Takes one when the kernel has made the local routes of the namespace's own IPv6 addresses: it does
+    /// so some time after they are set, and on a busy machine that would look like something left behind.
+    ///
+    /// # Errors
+    /// When a table cannot be read, or a route is not there at the deadline.
+    pub fn settled(netns: &Netns, patience: Duration) -> Result<Self> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let snapshot = Self::take(netns)?;
+            let routes = snapshot.sections.get("route").map(Vec::as_slice).unwrap_or_default();
+            let missing = snapshot.sections.get("address").into_iter().flatten().find(|line| {
+                let address = line.split_once(" inet6 ").and_then(|(_, rest)| rest.split('/').next());
+                address.is_some_and(|own| {
+                    !routes.iter().any(|route| route.starts_with(&format!("local {own} ")))
+                })
+            });
+            let Some(missing) = missing else { return Ok(snapshot) };
+            ensure!(Instant::now() < deadline, "{}: no local route for {missing}", netns.name());
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Only the lines that meet this.
