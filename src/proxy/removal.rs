@@ -63,7 +63,10 @@ fn remove_chains(cleanup: &mut Cleanup, dry_run: bool) {
         commands.extend(works.into_iter().filter_map(Result::ok));
     }
     let removal = remove(&commands, &Ours::new(CHAINS), None, dry_run);
-    cleanup.removed.extend(removal.removed);
+    // The list says what is removed, so the verb is said once.
+    let object =
+        |line: String| line.replace(": remove jump ", ": jump in ").replace(": delete chain ", ": chain ");
+    cleanup.removed.extend(removal.removed.into_iter().map(object));
     cleanup.failures.extend(removal.failed);
 }
 

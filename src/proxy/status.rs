@@ -19,6 +19,7 @@ use super::settings::Settings;
 
 /// The Service room at one moment.
 #[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Status {
     /// Node name.
     pub node: String,
@@ -38,6 +39,7 @@ pub struct Status {
 
 /// One Service.
 #[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct ServiceStatus {
     /// Namespace and name.
     pub service: String,
@@ -49,6 +51,7 @@ pub struct ServiceStatus {
 
 /// One virtual server of a Service.
 #[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct FrontendStatus {
     /// Where the VIP comes from.
     pub kind: &'static str,
@@ -70,6 +73,7 @@ pub struct FrontendStatus {
 
 /// One destination in the kernel.
 #[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct DestinationStatus {
     /// Address and port.
     pub destination: String,
