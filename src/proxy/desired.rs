@@ -145,6 +145,20 @@ pub fn desired(
             }
         }
     }
+    for port in service.ports.iter().filter_map(|port| port.node_port) {
+        if service.kind != ServiceType::ClusterIp && !settings.node_port_range.contains(&port.get()) {
+            state.problems.push(Problem {
+                reason: "NodePortOutsideRange",
+                message: format!(
+                    "node port {port} of Service {} is served, but lies outside --service-node-port-range \
+                     {}-{}: give the API server's own range there",
+                    service.key,
+                    settings.node_port_range.start(),
+                    settings.node_port_range.end()
+                ),
+            });
+        }
+    }
     let [ipv4, ipv6] = local_addresses.map(|addresses| addresses.len());
     state.health = service.health_check_node_port.map(|port| (port.get(), ipv4.max(ipv6)));
     drop_duplicates(service, &mut state);
@@ -478,6 +492,15 @@ mod tests {
         let state =
             desired(&service, None, &fixture::facts(), &fixture::settings(), &BTreeSet::from(["wlc".into()]));
         assert_eq!(state.problems[0].reason, "SchedulerMissing");
+    }
+
+    #[test]
+    fn a_node_port_outside_its_range_is_served_and_told() {
+        let service =
+            Service { ports: vec![fixture::port("http", Protocol::Tcp, 80, Some(8080))], ..load_balancer() };
+        let state = compute(&service, two_nodes());
+        assert!(state.frontends.iter().any(|f| f.kind == VipKind::NodePort && f.port == 8080));
+        assert_eq!(state.problems[0].reason, "NodePortOutsideRange");
     }
 
     #[test]

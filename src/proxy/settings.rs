@@ -37,7 +37,7 @@ pub struct Settings {
     pub cluster_ip_ranges: Vec<IpNet>,
     /// Whether the user gave the ranges; the default is a guess and is never bound as a whole.
     pub cluster_ip_ranges_given: bool,
-    /// NodePort range (`--service-node-port-range`).
+    /// NodePort range (`--service-node-port-range`); a node port outside it is served and told.
     pub node_port_range: RangeInclusive<u16>,
     /// IPVS TCP timeout in whole seconds (`--service-tcp-timeout`); 0 leaves the kernel's.
     pub tcp_timeout: u32,
