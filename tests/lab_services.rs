@@ -72,7 +72,9 @@ fn a_cluster_ip_is_served_to_pods_nodes_and_the_outside() {
             ] {
                 let tally = from.spread(protocol, to, 6);
                 assert_eq!((tally.ok, tally.failed), (6, 0), "{protocol} {to} from {}: {tally}", from.name());
-                assert_eq!(tally.pods.values().collect::<Vec<_>>(), [&3, &3], "{tally}");
+                // Round robin; a turn that a repeated first packet took may be missing.
+                assert_eq!(tally.pods.len(), 2, "{tally}");
+                assert!(tally.pods.values().all(|answers| *answers >= 2), "{tally}");
                 assert_eq!(tally.peers.into_iter().collect::<Vec<_>>(), [own], "no pod is masqueraded");
             }
             // From outside through n1: its own endpoint sees the client, the other one the node.
@@ -97,8 +99,8 @@ fn a_node_port_is_served_on_every_node() {
             for protocol in Protocol::ALL {
                 let to = at(own, 30011);
                 assert_eq!(who(&lab.cluster.client, protocol, to, 4), ["p1-1", "p2-1"], "from outside");
-                assert_eq!(who(lab.pod("p3-1"), protocol, to, 2), ["p1-1", "p2-1"], "from a pod");
-                assert_eq!(who(&lab.node(3).netns, protocol, to, 2), ["p1-1", "p2-1"], "from a node");
+                assert_eq!(who(lab.pod("p3-1"), protocol, to, 4), ["p1-1", "p2-1"], "from a pod");
+                assert_eq!(who(&lab.node(3).netns, protocol, to, 4), ["p1-1", "p2-1"], "from a node");
             }
             // Other ports of a node address are the host's business: its kernel answers, not a rule.
             assert_refused(&lab.cluster.client, Protocol::Tcp, at(own, 80), "the Service's own port");
