@@ -31,7 +31,7 @@ fn shared() -> MutexGuard<'static, Lab> {
 /// The good Service is served, a change of it too, and the daemons are the ones that were started.
 fn assert_the_rest_works(lab: &mut Lab) {
     let [one, two] = ["p1-1", "p2-1"].map(|name| Endpoint::of(lab.pod(name)));
-    lab.put_slices("good", &[one.clone()]);
+    lab.put_slices("good", std::slice::from_ref(&one));
     lab.wait_served(10, 1);
     lab.put_slices("good", &[one, two]);
     lab.wait_served(10, 2);
