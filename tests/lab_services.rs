@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use ferroute_kit::assert::eventually;
-use ferroute_kit::{Cluster, Protocol, Reply};
+use ferroute_kit::{Cluster, Families, Protocol, Reply};
 use lab::*;
 use serde_json::json;
 
@@ -605,4 +605,71 @@ fn flags_for_hairpin_masquerade_and_node_ports_hold_for_every_service() {
     // An address that goes takes its node port with it.
     lab.node(1).sh("ip addr del 10.99.0.1/32 dev eth0").unwrap();
     wait_gone(lab.node(1), Protocol::Tcp, at(ip("10.99.0.1"), 30040));
+}
+
+#[test]
+fn clusters_of_one_family_are_served_alike() {
+    drop(shared());
+    for (families, own) in [(Families::V4, 0), (Families::V6, 1)] {
+        let lab = Lab::start(Cluster::builder().nodes(2).pods_per_node(2).families(families), &[]);
+        let vip = vips(10)[own];
+        let spec = json!({
+            "type": "NodePort", "ports": node_ports(30010), "clusterIP": vip, "clusterIPs": [vip],
+            "ipFamilies": [if vip.is_ipv4() { "IPv4" } else { "IPv6" }],
+        });
+        lab.put_service(&service("web", 10, spec));
+        let endpoints = ["p1-1", "p2-1"].map(|name| Endpoint::of(lab.pod(name)));
+        lab.put_slice(&slice("web", vip.is_ipv6(), &endpoints));
+        for node in &lab.cluster.nodes {
+            wait_destinations(node, Protocol::Sctp, at(vip, 80), 2);
+            for protocol in Protocol::ALL {
+                assert_eq!(who(lab.pod("p1-2"), protocol, at(vip, 80), 2), ["p1-1", "p2-1"]);
+                assert_eq!(who(node, protocol, at(vip, 80), 2), ["p1-1", "p2-1"]);
+                let outside = who(&lab.cluster.client, protocol, at(node.ips[0], 30010), 2);
+                assert_eq!(outside, ["p1-1", "p2-1"], "{protocol} through {}", node.name);
+            }
+            assert_eq!(metric(node, "ferroute_proxy_pass_failures_total"), 0.0);
+        }
+    }
+}
+
+#[test]
+fn timeouts_a_switched_off_firewall_and_excluded_addresses() {
+    drop(shared());
+    let mut lab = Lab::without_daemons(Cluster::builder().nodes(1).pods_per_node(2));
+    // Somebody else's virtual server, on an address that lies in a service range.
+    lab.node(1).sh("ipvsadm -A -t 10.96.200.1:80 -s rr").unwrap();
+    lab.start_daemons(&[
+        "--service-tcp-timeout=7m",
+        "--service-tcpfin-timeout=33s",
+        "--service-udp-timeout=44s",
+        "--ipvs-permit-all=false",
+        "--excluded-cidrs=10.96.200.0/24",
+        "--ipvs-graceful-termination=false",
+    ]);
+    let node = lab.node(1);
+    let timeouts = node.exec("ipvsadm", &["-l", "--timeout"]).unwrap();
+    assert!(timeouts.contains("420 33 44"), "{timeouts}");
+    let both = ["p1-1", "p1-2"].map(|name| Endpoint::of(lab.pod(name)));
+    lab.put_service(&service("web", 10, json!({})));
+    lab.put_slices("web", &both);
+    lab.wait_served(10, 2);
+    let to = at(vips(10)[0], 80);
+    assert_eq!(who(node, Protocol::Tcp, to, 4), ["p1-1", "p1-2"]);
+    // Without the firewall the rest of INPUT decides: nothing accepts, nothing rejects.
+    let rules = node.exec("iptables-legacy", &["-S"]).unwrap();
+    assert!(!rules.contains("-j ACCEPT\n") && !rules.contains("REJECT"), "{rules}");
+    // Without graceful termination an endpoint goes at once, open connections or not.
+    let flows: Vec<_> = (0..4)
+        .map(|_| ferroute_kit::Flow::start(node, Protocol::Tcp, to, Duration::from_millis(20)).unwrap())
+        .collect();
+    lab.put_slices("web", &both[..1]);
+    for protocol in Protocol::ALL {
+        eventually("one destination", SOON, || match virtual_server(node, protocol, to) {
+            Some((_, list)) if list.len() == 1 => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+    }
+    drop(flows);
+    assert!(virtual_server(node, Protocol::Tcp, at(ip("10.96.200.1"), 80)).is_some(), "a stranger's");
 }
