@@ -141,6 +141,8 @@ fn a_rolling_update_under_load_loses_no_request() {
     for version in ["two", "three"] {
         lab.server.apply_object(deployment(version)).unwrap();
         lab.server.wait_rolled_out(2 * SOON).unwrap();
+        // Until the pods that go have ended, which is when a late table would hurt.
+        std::thread::sleep(Duration::from_millis(3500));
     }
     let last: Vec<String> = kubelet.running().into_iter().map(|pod| pod.name).collect();
     assert!(first.iter().all(|name| !last.contains(name)) || last.len() > 4, "{first:?} {last:?}");
@@ -148,7 +150,7 @@ fn a_rolling_update_under_load_loses_no_request() {
         let tally = load.stop();
         println!("rolled twice: {tally}");
         assert_eq!(tally.failed, 0, "{tally}");
-        assert!(tally.ok > 20 && tally.pods.len() >= 8, "{tally}");
+        assert!(tally.ok > 200 && tally.pods.len() >= 8, "{tally}");
     }
     assert_eq!(kubelet.problems(), Vec::<String>::new());
 }

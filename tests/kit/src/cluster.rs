@@ -151,6 +151,7 @@ impl Builder {
         for subnet in 0..self.subnets {
             let bridge = format!("lan{subnet}");
             links.add(&bridge, "bridge")?;
+            links.pin_address(&bridge)?;
             let index = router.link_index(&bridge)?;
             for lan in self.lan(subnet)? {
                 links.add_address(index, IpNet::new(host(lan, 1), lan.prefix_len())?)?;
@@ -225,6 +226,7 @@ impl Builder {
             ips.push(ip);
         }
         links.add("kube-bridge", "bridge")?;
+        links.pin_address("kube-bridge")?;
         let bridge = netns.link_index("kube-bridge")?;
         let pod_cidrs =
             self.families.networks([&format!("10.244.{number}.0/24"), &format!("fd00:244:{number}::/64")])?;
@@ -367,6 +369,13 @@ impl Deref for Client {
 #[derive(Clone, Debug)]
 pub struct Node(pub(crate) Arc<NodeRef>);
 
+/// Host numbers of the pod CIDR that are taken.
+#[derive(Debug, Default)]
+struct Addresses {
+    taken: BTreeSet<u32>,
+    last: u32,
+}
+
 /// What there is to know about a node. Dereferences to its namespace.
 #[derive(Debug)]
 pub struct NodeRef {
@@ -383,11 +392,12 @@ pub struct NodeRef {
     /// `topology.kubernetes.io/zone`.
     pub zone: Option<String>,
     links: AtomicU64,
-    addresses: Mutex<BTreeSet<u32>>,
+    addresses: Mutex<Addresses>,
 }
 
 impl Node {
-    /// Starts a pod here; addresses are the lowest free ones from .2.
+    /// Starts a pod here; addresses go up from .2 and begin anew at the end, as the `host-local` CNI
+    /// plugin gives them: who knew a pod that is gone must not take the next one for it.
     ///
     /// # Errors
     /// When the pod CIDR is full, the kernel refuses, or a port cannot be listened on.
@@ -432,14 +442,16 @@ impl NodeRef {
 
     pub(crate) fn take_addresses(&self) -> Result<Vec<IpAddr>> {
         let mut taken = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = (2..255).find(|number| !taken.contains(number)).context("pod CIDR is full")?;
-        taken.insert(number);
+        let mut order = (taken.last.max(1) + 1..255).chain(2..255);
+        let number = order.find(|number| !taken.taken.contains(number)).context("pod CIDR is full")?;
+        taken.taken.insert(number);
+        taken.last = number;
         Ok(self.pod_cidrs.iter().map(|cidr| host(*cidr, number)).collect())
     }
 
     pub(crate) fn free_addresses(&self, ips: &[IpAddr]) {
         let mut taken = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
-        taken.retain(|number| !self.pod_cidrs.iter().any(|cidr| ips.contains(&host(*cidr, *number))));
+        taken.taken.retain(|number| !self.pod_cidrs.iter().any(|cidr| ips.contains(&host(*cidr, *number))));
     }
 
     /// Its address of a family, by example.

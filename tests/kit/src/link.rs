@@ -5,6 +5,7 @@
 
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
@@ -26,6 +27,7 @@ const EXCL: u16 = 0x200;
 const CREATE: u16 = 0x400;
 
 const IFF_UP: u32 = 1;
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
@@ -182,6 +184,19 @@ impl Links {
     /// When there is none of that name.
     pub fn down(&self, name: &str) -> Result<()> {
         self.set_flags(name, 0)
+    }
+
+    /// Gives a bridge an address of its own, as the `bridge` CNI plugin does. Else it has the lowest of
+    /// its ports': a new port changes it, and what neighbours still send to the old one is lost.
+    ///
+    /// # Errors
+    /// When there is no such link.
+    pub fn pin_address(&self, name: &str) -> Result<()> {
+        static NUMBER: AtomicU16 = AtomicU16::new(1);
+        let [high, low] = NUMBER.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+        let mut body = Body::default();
+        body.link(0, 0, 0).string(IFLA_IFNAME, name).attribute(IFLA_ADDRESS, &[0x02, 0xfe, 0, 0, high, low]);
+        self.request(RTM_NEWLINK, 0, &body).with_context(|| format!("set address of link {name}"))
     }
 
     fn set_flags(&self, name: &str, flags: u32) -> Result<()> {
