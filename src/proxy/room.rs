@@ -34,6 +34,8 @@ const STEP: usize = 512;
 const DRAIN_TICK: Duration = Duration::from_secs(1);
 /// Longest sleep: the loop turns at least so often, which is what liveness means.
 const LONGEST_SLEEP: Duration = Duration::from_secs(5);
+/// How long arrivals gather before a look, while the first lists are on their way.
+const LISTING_GATHER: Duration = Duration::from_millis(10);
 /// Kinds without which nothing may be decided.
 /// Ranges are among them: without, a restart would unbind a range that is bound.
 const NEEDED: [Kind; 4] = [Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr];
@@ -117,7 +119,10 @@ impl Room {
             let due = self.next_drain_tick.into_iter().chain([self.schedule.next_due()]).min();
             let sleep =
                 due.map_or(LONGEST_SLEEP, |due| due.saturating_duration_since(now)).min(LONGEST_SLEEP);
-            let dirty = self.subscription.wait(sleep, Duration::ZERO);
+            // Nothing can be decided before the lists are complete: until then one look at ten
+            // thousand arrivals does, instead of ten thousand wake-ups.
+            let listed = self.subscription.cluster().read().has_listed(&NEEDED);
+            let dirty = self.subscription.wait(sleep, if listed { Duration::ZERO } else { LISTING_GATHER });
             let woken = Instant::now();
             self.shared.turned(woken);
             if self.shared.is_stopping() {
