@@ -544,3 +544,33 @@ fn strangers_stay_and_clean_up_leaves_nothing() {
     assert!(matches!(reply, Reply::Answer(_)), "{reply:?}");
     stranger.assert_untouched("after another start");
 }
+
+#[test]
+fn the_last_local_endpoint_finishes_its_flows_while_new_remote_clients_are_dropped() {
+    let _serial = serial();
+    let lab = Lab::start(Cluster::builder().nodes(2).pods_per_node(1), &[]);
+    let [here, there] = ["p1-1", "p2-1"].map(|name| Endpoint::of(lab.pod(name)));
+    let spec = json!({"type": "NodePort", "ports": node_ports(30010), "externalTrafficPolicy": "Local"});
+    lab.put_service(&service("web", 10, spec));
+    for own in &lab.node(1).ips {
+        let to = at(*own, 30010);
+        lab.put_slices("web", &[here.clone(), there.clone()]);
+        wait_destinations(lab.node(1), Protocol::Tcp, to, 1);
+        let client = &lab.cluster.client;
+        let flow = Flow::start(client, Protocol::Tcp, to, Duration::from_millis(20)).unwrap();
+        lab.put_slices("web", std::slice::from_ref(&there));
+        wait_destinations(lab.node(1), Protocol::Tcp, to, 0);
+        eventually("new clients are dropped", SOON, || {
+            match client.ask(Protocol::Tcp, to, Duration::from_millis(300)) {
+                Reply::Timeout => Ok(()),
+                reply => Err(format!("{reply:?}")),
+            }
+        });
+        let before = flow.tally();
+        eventually("the flow goes on", SOON, || {
+            if flow.tally().ok > before.ok + 5 { Ok(()) } else { Err(flow.tally().to_string()) }
+        });
+        let tally = flow.stop();
+        assert_eq!(tally.failed, 0, "{tally}");
+    }
+}
