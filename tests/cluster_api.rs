@@ -63,3 +63,47 @@ fn a_deployment_and_its_service_arrive_and_a_bad_one_is_reported() -> Result<(),
     assert_eq!(event["source"]["component"], "ferroute");
     Ok(())
 }
+
+/// Service account tokens are replaced in their file before they end; the server takes the new one only.
+#[test]
+fn a_rotated_token_is_picked_up() -> Result<(), Box<dyn std::error::Error>> {
+    let folder = std::env::temp_dir().join(format!("ferroute-token-{}", std::process::id()));
+    std::fs::create_dir_all(&folder)?;
+    let (theirs, ours, kubeconfig) =
+        (folder.join("server"), folder.join("client"), folder.join("kubeconfig"));
+    std::fs::write(&theirs, "first")?;
+    std::fs::write(&ours, "first")?;
+    let server = ApiServer::builder().service_cidrs(["10.96.0.0/16".parse()?]).token_file(&theirs).start()?;
+    std::fs::write(
+        &kubeconfig,
+        format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts: [{{name: c, context: {{cluster: c, user: u}}}}]\n\
+             clusters: [{{name: c, cluster: {{server: \"{}\"}}}}]\nusers: [{{name: u, user: {{tokenFile: {}}}}}]\n",
+            server.url(),
+            ours.display()
+        ),
+    )?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    let cluster = Cluster::new();
+    let access = Access { kubeconfig: Some(kubeconfig), ..Access::default() };
+    let interests = Interests::service_proxy("n1");
+    runtime.spawn(run(Source::Api(access), cluster.clone(), interests, Reporter::new("n1")));
+    until("the first list", &cluster, |state| state.has_listed(&[Kind::Service, Kind::EndpointSlice]));
+
+    std::fs::write(&theirs, "second")?;
+    std::fs::write(&ours, "second")?;
+    server.faults().drop_watches(true);
+    server.apply(
+        "apiVersion: v1\nkind: Service\nmetadata: {name: late, namespace: default}\nspec:\n  ports: [{port: 80}]\n",
+    )?;
+    // The client reads the file again when what it has is a minute old.
+    let started = Instant::now();
+    let key = ObjectKey::new("default", "late");
+    while !cluster.read().services.contains_key(&key) {
+        assert!(started.elapsed() < Duration::from_secs(120), "{:?}", cluster.watch_health().report());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    println!("seen {} s after the rotation", started.elapsed().as_secs());
+    std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}
