@@ -1,0 +1,20 @@
+//! Kubernetes NetworkPolicy (networking.k8s.io/v1): what it means, and how one node enforces it.
+//!
+//! The meaning, in prose. A pod is *isolated* in a direction as soon as one policy of its namespace that
+//! speaks of that direction selects it. An isolated pod has only the traffic that some rule of some such
+//! policy allows; directions never mix, and for traffic between two pods the egress of the one and the
+//! ingress of the other must both allow it. A pod nobody selects has all traffic. Always allowed are: the
+//! pod's own node to the pod, replies of allowed connections, a pod to itself, and ICMP.
+//!
+//! - [`Policy`], [`Pod`] and their parts: plain input.
+//! - [`Index`]: takes pods, namespaces and policies as they change and keeps the chains and sets of this
+//!   node, reporting what each change touched.
+//!
+//! Pure: no clock, no IO, no kernel.
+
+mod model;
+
+pub use model::{
+    Direction, Key, Labels, NamedPort, Peer, Pod, Policy, PolicyPort, PortMatch, Protocol, Requirement, Rule,
+    Selector,
+};
