@@ -7,6 +7,15 @@ use std::fmt::Write as _;
 
 use crate::proxy;
 
+/// What one room removed, or would remove.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Cleanup {
+    /// One line per object.
+    pub removed: Vec<String>,
+    /// What stays although it is ours, and why.
+    pub failures: Vec<String>,
+}
+
 /// What was done, ready to print.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Outcome {
@@ -18,7 +27,7 @@ pub struct Outcome {
 
 /// Removes everything of ours, or only says what that would be.
 pub fn run(dry_run: bool) -> Outcome {
-    let proxy::Cleanup { removed, failures } = proxy::cleanup(dry_run);
+    let Cleanup { removed, failures } = proxy::cleanup(dry_run);
     Outcome::new(dry_run, &removed, failures)
 }
 

@@ -8,6 +8,37 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+/// A room's passes so far; kept by the room.
+#[derive(Clone, Debug)]
+pub struct Passes {
+    /// When the room was opened.
+    pub started: Instant,
+    /// When its loop last turned.
+    pub last_turn: Instant,
+    /// When everything wanted was last in the kernel.
+    pub last_clean_pass: Option<Instant>,
+    /// Clean passes so far.
+    pub passes: u64,
+    /// Passes that left something undone.
+    pub failures: u64,
+    /// What the newest failure said; `None` after a clean pass.
+    pub last_error: Option<String>,
+}
+
+impl Passes {
+    /// None yet, of a room opened now.
+    pub fn new(now: Instant) -> Self {
+        Self { started: now, last_turn: now, last_clean_pass: None, passes: 0, failures: 0, last_error: None }
+    }
+
+    /// A pass ended with everything wanted in the kernel.
+    pub fn passed(&mut self, now: Instant) {
+        self.last_clean_pass = Some(now);
+        self.passes += 1;
+        self.last_error = None;
+    }
+}
+
 /// What one room reports.
 #[derive(Clone, Debug)]
 pub struct RoomHealth {
@@ -17,18 +48,8 @@ pub struct RoomHealth {
     pub turn_limit: Duration,
     /// Longest age of the last clean pass.
     pub clean_limit: Duration,
-    /// When the room started.
-    pub started: Instant,
-    /// When its loop last turned.
-    pub last_turn: Instant,
-    /// When a pass last ended without any failure.
-    pub last_clean_pass: Option<Instant>,
-    /// Clean passes so far.
-    pub passes: u64,
-    /// Passes that left something undone.
-    pub failures: u64,
-    /// The failure of the last pass, if it had one.
-    pub last_error: Option<String>,
+    /// Its passes.
+    pub passes: Passes,
 }
 
 /// What one watch reports.
@@ -94,7 +115,7 @@ pub fn judge(rooms: &[RoomHealth], watches: &[WatchHealth], now: Instant) -> Ver
 
 /// Live, ready, and why.
 fn judge_room(room: &RoomHealth, now: Instant) -> (bool, bool, String) {
-    let silent = now.saturating_duration_since(room.last_turn);
+    let silent = now.saturating_duration_since(room.passes.last_turn);
     if silent > room.turn_limit {
         let text = format!(
             "stuck: its loop has not turned for {} (limit {})",
@@ -103,10 +124,11 @@ fn judge_room(room: &RoomHealth, now: Instant) -> (bool, bool, String) {
         );
         return (false, false, text);
     }
-    let error = room.last_error.as_deref().map(|error| format!("; {error}")).unwrap_or_default();
-    let Some(clean) = room.last_clean_pass else {
-        let age = words(now.saturating_duration_since(room.started));
-        let text = format!("no clean pass yet, {age} after the start, {} failed{error}", room.failures);
+    let error = room.passes.last_error.as_deref().map(|error| format!("; {error}")).unwrap_or_default();
+    let Some(clean) = room.passes.last_clean_pass else {
+        let age = words(now.saturating_duration_since(room.passes.started));
+        let text =
+            format!("no clean pass yet, {age} after the start, {} failed{error}", room.passes.failures);
         return (true, false, text);
     };
     let age = now.saturating_duration_since(clean);
@@ -115,16 +137,16 @@ fn judge_room(room: &RoomHealth, now: Instant) -> (bool, bool, String) {
             "last clean pass {} ago (limit {}), {} of {} failed{error}",
             words(age),
             words(room.clean_limit),
-            room.failures,
-            room.passes + room.failures
+            room.passes.failures,
+            room.passes.passes + room.passes.failures
         );
         return (true, false, text);
     }
     let text = format!(
         "last clean pass {} ago, {} of {} failed{error}",
         words(age),
-        room.failures,
-        room.passes + room.failures
+        room.passes.failures,
+        room.passes.passes + room.passes.failures
     );
     (true, true, text)
 }
@@ -144,12 +166,7 @@ mod tests {
             name: "proxy",
             turn_limit: Duration::from_secs(60),
             clean_limit: Duration::from_secs(360),
-            started,
-            last_turn: started,
-            last_clean_pass: None,
-            passes: 0,
-            failures: 0,
-            last_error: None,
+            passes: Passes::new(started),
         };
         (room, started)
     }
@@ -171,8 +188,8 @@ mod tests {
             (10, Some(10), 5, true, true, "0s ago"),
         ] {
             let (mut room, started) = room();
-            room.last_turn = started + second(turn);
-            room.last_clean_pass = clean.map(|clean| started + second(clean));
+            room.passes.last_turn = started + second(turn);
+            room.passes.last_clean_pass = clean.map(|clean| started + second(clean));
             let verdict = judge(&[room], &[], started + second(now));
             let text = verdict.lines[0].to_string();
             assert_eq!((verdict.live, verdict.ready), (live, ready), "{text}");
@@ -184,8 +201,8 @@ mod tests {
     #[test]
     fn a_failing_room_stays_live_and_says_why() {
         let (mut room, started) = room();
-        room.failures = 3;
-        room.last_error = Some("no such virtual server".to_owned());
+        room.passes.failures = 3;
+        room.passes.last_error = Some("no such virtual server".to_owned());
         let verdict = judge(&[room], &[], started);
         assert!(verdict.live && !verdict.ready);
         assert!(verdict.lines[0].text.contains("3 failed; no such virtual server"));
@@ -194,7 +211,7 @@ mod tests {
     #[test]
     fn a_lost_api_server_changes_nothing_but_the_text() {
         let (mut room, started) = room();
-        room.last_clean_pass = Some(started);
+        room.passes.last_clean_pass = Some(started);
         let watch = |listed, error: Option<&str>| WatchHealth {
             kind: "Service",
             listed,
@@ -215,10 +232,10 @@ mod tests {
     #[test]
     fn one_bad_room_is_enough() {
         let (mut good, started) = room();
-        good.last_clean_pass = Some(started);
+        good.passes.last_clean_pass = Some(started);
         let (mut stuck, _) = room();
         stuck.name = "routes";
-        stuck.last_turn = started;
+        stuck.passes.last_turn = started;
         let verdict = judge(&[good, stuck], &[], started);
         assert!(verdict.live && !verdict.ready);
     }

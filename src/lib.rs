@@ -15,6 +15,7 @@
 
 pub mod admin;
 pub mod capabilities;
+pub mod chains;
 pub mod cleanup;
 pub mod cluster;
 pub mod config;
@@ -27,4 +28,5 @@ pub mod log;
 pub mod metrics;
 pub mod proxy;
 pub mod report;
+pub mod schedule;
 pub mod supervise;

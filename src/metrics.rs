@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 use std::time::{Duration, Instant};
 
-use prometheus::{Histogram, HistogramOpts};
+use prometheus::HistogramOpts;
 
 use crate::health::RoomHealth;
 
@@ -20,8 +20,7 @@ pub struct Page {
 impl Page {
     /// Starts a family: `kind` is `counter` or `gauge`.
     pub fn family(&mut self, name: &str, kind: &str, help: &str) {
-        // Writing to a String cannot fail.
-        let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        head(&mut self.text, name, kind, help);
     }
 
     /// One sample of the family started last.
@@ -63,6 +62,61 @@ fn escape(text: &str, out: &mut String) {
     }
 }
 
+/// Upper bounds in seconds: fine where one change is, coarse where a cold start is.
+const BOUNDS: [f64; 16] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+/// A histogram of durations.
+#[derive(Clone, Debug, Default)]
+pub struct Histogram {
+    buckets: [u64; BOUNDS.len()],
+    count: u64,
+    sum: f64,
+}
+
+impl Histogram {
+    /// Counts one duration.
+    pub fn observe(&mut self, duration: Duration) {
+        let seconds = duration.as_secs_f64();
+        self.count += 1;
+        self.sum += seconds;
+        if let Some(index) = BOUNDS.iter().position(|bound| seconds <= *bound) {
+            self.buckets[index] += 1;
+        }
+    }
+
+    /// Writes the family in text format.
+    pub fn write(&self, out: &mut String, name: &str, help: &str) {
+        head(out, name, "histogram", help);
+        let mut total = 0;
+        for (bound, count) in BOUNDS.iter().zip(self.buckets) {
+            total += count;
+            line(out, &format!("{name}_bucket"), &format!("{{le=\"{bound}\"}}"), total);
+        }
+        line(out, &format!("{name}_bucket"), "{le=\"+Inf\"}", self.count);
+        line(out, &format!("{name}_sum"), "", self.sum);
+        line(out, &format!("{name}_count"), "", self.count);
+    }
+}
+
+/// The head of a family of which a room writes the samples itself.
+pub fn head(out: &mut String, name: &str, kind: &str, help: &str) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+}
+
+/// One sample; `labels` with their braces, values [`escaped`], or nothing.
+pub fn line(out: &mut String, name: &str, labels: &str, value: impl fmt::Display) {
+    let _ = writeln!(out, "{name}{labels} {value}");
+}
+
+/// A label value as the text format wants it.
+pub fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    escape(text, &mut out);
+    out
+}
+
 /// Who runs: version and features of the build.
 pub fn build_info(page: &mut Page) {
     const NAME: &str = "kube_router_build_info";
@@ -81,7 +135,7 @@ pub fn rooms(page: &mut Page, rooms: &[RoomHealth], now: Instant) {
         "Time since the last pass of a room without any failure; +Inf before the first.",
     );
     for room in rooms {
-        match room.last_clean_pass {
+        match room.passes.last_clean_pass {
             Some(at) => {
                 page.sample(AGE, &label(room), now.saturating_duration_since(at).as_secs_f64());
             }
@@ -168,12 +222,12 @@ fn resident(status: &str) -> Option<f64> {
 }
 
 /// How long the pages take to write; kube-router's name and buckets.
-pub struct ExportTime(Histogram);
+pub struct ExportTime(prometheus::Histogram);
 
 impl ExportTime {
     /// A histogram without observations.
     pub fn new() -> prometheus::Result<Self> {
-        Histogram::with_opts(HistogramOpts::new(
+        prometheus::Histogram::with_opts(HistogramOpts::new(
             "kube_router_controller_ipvs_metrics_export_time",
             "Time it took to export metrics.",
         ))
@@ -197,6 +251,7 @@ impl ExportTime {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::health::Passes;
 
     #[test]
     fn label_values_are_escaped() {
@@ -208,6 +263,21 @@ mod tests {
             page.finish(),
             "# HELP a Help.\n# TYPE a gauge\na{x=\"q\\\"b\\\\n\\n\",y=\"\"} 1.5\na 2\n"
         );
+    }
+
+    #[test]
+    fn buckets_are_cumulative() {
+        let mut histogram = Histogram::default();
+        for ms in [0, 3, 3, 200_000] {
+            histogram.observe(Duration::from_millis(ms));
+        }
+        let mut out = String::new();
+        histogram.write(&mut out, "x", "help");
+        assert!(
+            out.contains("x_bucket{le=\"0.0005\"} 1\n") && out.contains("x_bucket{le=\"0.005\"} 3\n"),
+            "{out}"
+        );
+        assert!(out.contains("x_bucket{le=\"+Inf\"} 4\n") && out.contains("x_count 4\n"), "{out}");
     }
 
     #[test]
@@ -233,12 +303,7 @@ mod tests {
             name: "proxy",
             turn_limit: Duration::ZERO,
             clean_limit: Duration::ZERO,
-            started: now,
-            last_turn: now,
-            last_clean_pass: None,
-            passes: 4,
-            failures: 1,
-            last_error: None,
+            passes: Passes { passes: 4, failures: 1, ..Passes::new(now) },
         };
         let mut page = Page::default();
         build_info(&mut page);

@@ -10,8 +10,8 @@ use crate::Family;
 use crate::plan::{Plan, PlanError, plan};
 use crate::table::{Census, CutOff, Found, Ours, Ruleset, TableName, census, parse};
 
-/// How long restore waits for another program's lock, in seconds.
-const LOCK_WAIT: &str = "10";
+/// How long restore waits for another program's lock, in seconds, unless told otherwise.
+const LOCK_WAIT: u32 = 10;
 /// A program that takes longer is killed: more than the wait for the lock.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
 
@@ -76,6 +76,17 @@ pub enum Error {
         /// The limit.
         limit: Duration,
     },
+    /// Another program kept the lock of the legacy variant.
+    #[error(
+        "{program} waited {seconds} s for the xtables lock (/run/xtables.lock), which another program holds; \
+         find it with `fuser /run/xtables.lock`"
+    )]
+    Locked {
+        /// The program.
+        program: String,
+        /// How long it waited.
+        seconds: u32,
+    },
     /// Ended with an error.
     #[error("{program} failed ({status}): {stderr}{}", .line.as_ref().map(|l| format!(" [at: {l}]")).unwrap_or_default())]
     Failed {
@@ -103,6 +114,7 @@ pub struct Command {
     variant: Variant,
     save: PathBuf,
     restore: PathBuf,
+    lock_wait: u32,
 }
 
 /// What [`Command::detect`] chose, and why.
@@ -148,12 +160,12 @@ impl Command {
         let program = program(family);
         let named = |verb: &str| find(&format!("{program}-{}-{verb}", variant.name()));
         if let (Ok(save), Ok(restore)) = (named("save"), named("restore")) {
-            return Ok(Self { family, variant, save, restore });
+            return Ok(Self { family, variant, save, restore, lock_wait: LOCK_WAIT });
         }
         // Hosts with one variant only may give it the plain name.
         let (save, restore) = (find(&format!("{program}-save"))?, find(&format!("{program}-restore"))?);
         match plain_variant(family)? {
-            plain if plain == variant => Ok(Self { family, variant, save, restore }),
+            plain if plain == variant => Ok(Self { family, variant, save, restore, lock_wait: LOCK_WAIT }),
             _ => Err(Error::Missing {
                 program: format!("{program}-{}-save", variant.name()),
                 path: search_path(),
@@ -204,6 +216,12 @@ impl Command {
             .find(|(other, census)| other.variant != command.variant && census.rules > 0)
             .map(|(other, census)| Mixed { other: other.variant, rules: census.rules });
         Ok(Detected { command, reason, mixed, passed_over })
+    }
+
+    /// The same programs, waiting at most so long for another program's lock. Only the legacy variant locks.
+    #[must_use]
+    pub fn with_lock_wait(self, seconds: u32) -> Self {
+        Self { lock_wait: seconds, ..self }
     }
 
     /// IPv4 or IPv6.
@@ -303,7 +321,12 @@ impl Command {
     }
 
     fn restore(&self, document: &str) -> Result<(), Error> {
-        run(&self.restore, &["--noflush", "-w", LOCK_WAIT], document).map(drop).map_err(|error| match error {
+        let seconds = self.lock_wait;
+        let arguments = ["--noflush", "-w", &seconds.to_string()];
+        run(&self.restore, &arguments, document).map(drop).map_err(|error| match error {
+            Error::Failed { program, stderr, .. } if stderr.contains("holding the xtables lock") => {
+                Error::Locked { program, seconds }
+            }
             Error::Failed { program, status, stderr, .. } => {
                 let line = failed_line(&stderr).and_then(|line| document.lines().nth(line.checked_sub(1)?));
                 let line = line.map(str::to_owned);

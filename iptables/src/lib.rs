@@ -29,7 +29,7 @@ pub use matches::{
     AddressType, Direction, Ipvs, IpvsDirection, IpvsMethod, Match, Per, Physdev, PortRange, State, TcpFlags,
 };
 pub use name::{ChainName, NameError, SetName, hashed};
-pub use plan::{Plan, PlanError, plan};
+pub use plan::{ChainChanges, Plan, PlanError, plan, plan_chains};
 pub use remove::{Removal, remove};
 pub use rule::{Condition, Rule};
 pub use table::{Builtin, CutOff, Found, FoundJump, Jump, Ours, Position, Ruleset, TableName, parse};

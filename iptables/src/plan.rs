@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::rule::Rule;
 use crate::table::{Builtin, Found, FoundJump, Jump, Ours, Position, Ruleset, TableName, forms};
 use crate::{ChainName, Family};
 
@@ -19,7 +20,12 @@ pub struct Plan {
     /// Chains that are wanted away but stay, emptied: a chain that is not ours leads to them.
     pub held: Vec<ChainName>,
     lines: Vec<String>,
+    /// What the written chains will hold, in normal form.
+    forms: Vec<(ChainName, Vec<String>)>,
 }
+
+/// Chains that shall change: their rules, or `None` for one that shall go.
+pub type ChainChanges = BTreeMap<ChainName, Option<Vec<Rule>>>;
 
 /// A ruleset that would write what is not ours, or that could not be recognised again.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -90,16 +96,7 @@ pub fn plan(found: &Found, wanted: &Ruleset, ours: &Ours, family: Family) -> Res
     let mut plan = Plan::default();
     let mut rules = Vec::new();
     for (chain, want) in &wanted.chains {
-        let want = forms(want, family);
-        let same =
-            found.chains.get(chain).is_some_and(|have| have.iter().eq(want.iter().map(|(_, form)| form)));
-        if !same {
-            plan.written.push(*chain);
-            // Declaring a chain of a user creates it or empties it.
-            plan.lines.push(format!(":{chain} - [0:0]"));
-            rules
-                .extend(want.into_iter().map(|(text, _)| format!("-A {chain} {text}").trim_end().to_owned()));
-        }
+        plan.fill(*chain, want, found, family, &mut rules);
     }
     let unwanted: Vec<ChainName> =
         found.chains.keys().filter(|chain| !wanted.chains.contains_key(*chain)).copied().collect();
@@ -107,12 +104,6 @@ pub fn plan(found: &Found, wanted: &Ruleset, ours: &Ours, family: Family) -> Res
     plan.lines.extend(unwanted.iter().map(|chain| format!(":{chain} - [0:0]")));
     plan.lines.append(&mut rules);
 
-    let mut held = BTreeSet::new();
-    for (from, have) in &found.jumps {
-        if !is_builtin(from) {
-            held.extend(have.iter().map(|jump| jump.to.clone()));
-        }
-    }
     let mut by_chain: BTreeMap<&'static str, Vec<&Jump>> = BTreeMap::new();
     for from in BUILTINS {
         let jumps: Vec<&Jump> = wanted.jumps.iter().filter(|jump| jump.from == from).collect();
@@ -124,19 +115,55 @@ pub fn plan(found: &Found, wanted: &Ruleset, ours: &Ours, family: Family) -> Res
         let have = found.jumps.get(from).map(Vec::as_slice).unwrap_or_default();
         plan.place(from, have, &wanted, family);
     }
-    for chain in unwanted {
-        if held.contains(chain.as_str()) {
-            // Already empty and held: nothing to say each time.
-            if found.chains.get(&chain).is_some_and(Vec::is_empty) {
-                plan.lines.retain(|line| *line != format!(":{chain} - [0:0]"));
-            }
-            plan.held.push(chain);
-        } else {
-            plan.lines.push(format!("-X {chain}"));
-            plan.deleted.push(chain);
+    plan.remove(unwanted, found);
+    Ok(plan)
+}
+
+/// [`plan`] for some chains alone, compared with what is known to be there: the cost follows the change.
+/// Jumps in the kernel's own chains stay as they are.
+///
+/// # Errors
+/// A chain that is not ours.
+pub fn plan_chains(
+    found: &Found,
+    changes: &ChainChanges,
+    ours: &Ours,
+    family: Family,
+) -> Result<Plan, PlanError> {
+    if let Some(chain) = changes.keys().find(|chain| !ours.owns(chain.as_str())) {
+        return Err(PlanError::ForeignChain(*chain));
+    }
+    let mut plan = Plan::default();
+    let mut rules = Vec::new();
+    for (chain, want) in changes {
+        if let Some(want) = want {
+            plan.fill(*chain, want, found, family, &mut rules);
         }
     }
+    let gone = |(chain, want): (&ChainName, &Option<Vec<Rule>>)| {
+        (want.is_none() && found.chains.contains_key(chain)).then_some(*chain)
+    };
+    let unwanted: Vec<ChainName> = changes.iter().filter_map(gone).collect();
+    plan.lines.extend(unwanted.iter().map(|chain| format!(":{chain} - [0:0]")));
+    plan.lines.append(&mut rules);
+    plan.remove(unwanted, found);
     Ok(plan)
+}
+
+impl Found {
+    /// Notes that a plan was written: its chains are now as it made them. Jumps in the kernel's own chains
+    /// are not followed.
+    pub fn note(&mut self, plan: &Plan) {
+        for (chain, forms) in &plan.forms {
+            self.chains.insert(*chain, forms.clone());
+        }
+        for chain in &plan.deleted {
+            self.chains.remove(chain);
+        }
+        for chain in &plan.held {
+            self.chains.insert(*chain, Vec::new());
+        }
+    }
 }
 
 const BUILTINS: [Builtin; 5] =
@@ -147,6 +174,49 @@ fn is_builtin(chain: &str) -> bool {
 }
 
 impl Plan {
+    /// A chain of ours with its rules, unless it is there already.
+    fn fill(
+        &mut self,
+        chain: ChainName,
+        want: &[Rule],
+        found: &Found,
+        family: Family,
+        rules: &mut Vec<String>,
+    ) {
+        let want = forms(want, family);
+        if found.chains.get(&chain).is_some_and(|have| have.iter().eq(want.iter().map(|(_, form)| form))) {
+            return;
+        }
+        self.written.push(chain);
+        // Declaring a chain of a user creates it or empties it.
+        self.lines.push(format!(":{chain} - [0:0]"));
+        let mut forms = Vec::with_capacity(want.len());
+        for (text, form) in want {
+            rules.push(format!("-A {chain} {text}").trim_end().to_owned());
+            forms.push(form);
+        }
+        self.forms.push((chain, forms));
+    }
+
+    /// Chains that go; those a stranger leads to stay, emptied.
+    fn remove(&mut self, unwanted: Vec<ChainName>, found: &Found) {
+        let strangers = found.jumps.iter().filter(|(from, _)| !is_builtin(from));
+        let held: BTreeSet<&str> =
+            strangers.flat_map(|(_, jumps)| jumps).map(|jump| jump.to.as_str()).collect();
+        for chain in unwanted {
+            if held.contains(chain.as_str()) {
+                // Already empty and held: nothing to say each time.
+                if found.chains.get(&chain).is_some_and(Vec::is_empty) {
+                    self.lines.retain(|line| *line != format!(":{chain} - [0:0]"));
+                }
+                self.held.push(chain);
+            } else {
+                self.lines.push(format!("-X {chain}"));
+                self.deleted.push(chain);
+            }
+        }
+    }
+
     /// Jumps of one builtin chain.
     fn place(&mut self, from: &'static str, have: &[FoundJump], wanted: &[&Jump], family: Family) {
         let of = |position: Position| -> Vec<(String, String)> {
@@ -210,7 +280,6 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rule::Rule;
     use crate::table::parse;
     use crate::target::Target;
 
@@ -314,6 +383,33 @@ mod tests {
         assert!(!plan.document(TableName::Filter).contains("OTHER"));
         // Once emptied there is nothing left to do.
         assert!(check(":K-A - [0:0]\n-A OTHER -j K-A\n", &Ruleset::default()).is_empty());
+    }
+
+    #[test]
+    fn some_chains_alone_cost_no_more_than_they_change() {
+        let ours = Ours::new(["K-"]);
+        let mut found = parse(&format!("*filter\n{SETTLED}COMMIT\n"), TableName::Filter, &ours).unwrap();
+        let changes = |chains: &[(&str, Option<Vec<Rule>>)]| -> ChainChanges {
+            chains.iter().map(|(name, rules)| (chain(name), rules.clone())).collect()
+        };
+        let same = changes(&[("K-B", Some(vec![Rule::jump(chain("K-A"))])), ("K-Z", None)]);
+        assert!(plan_chains(&found, &same, &ours, Family::V4).unwrap().is_empty());
+        let more = changes(&[
+            ("K-B", Some(vec![Rule::jump(chain("K-C"))])),
+            ("K-C", Some(vec![Rule::new(Target::Drop)])),
+            ("K-A", None),
+        ]);
+        let plan = plan_chains(&found, &more, &ours, Family::V4).unwrap();
+        assert_eq!(
+            plan.document(TableName::Filter),
+            "*filter\n:K-B - [0:0]\n:K-C - [0:0]\n:K-A - [0:0]\n-A K-B -j K-C\n-A K-C -j DROP\n-X K-A\nCOMMIT\n"
+        );
+        found.note(&plan);
+        assert!(plan_chains(&found, &more, &ours, Family::V4).unwrap().is_empty());
+        let foreign = changes(&[("DOCKER", None)]);
+        assert!(plan_chains(&found, &foreign, &ours, Family::V4).is_err());
+        found.note(&check(SETTLED, &Ruleset::default()));
+        assert!(found.chains.keys().eq(&[chain("K-C")]), "{found:?}");
     }
 
     #[test]

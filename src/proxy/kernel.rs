@@ -15,10 +15,11 @@ use super::facts::Facts;
 use super::ledger::Ledger;
 use super::marks;
 use super::mirror::Mirror;
-use super::rules::Rules;
+use super::rules::CHAINS;
 use super::sets::{self, Role, SetId};
 use super::settings::Settings;
 use super::work::{Messages, TABLES};
+use crate::chains::{Chains, Rules};
 use crate::cluster::service::Protocol;
 use crate::cluster::{ServiceKey, Waker};
 use crate::host::conntrack::{Conntrack, RemovedEndpoint};
@@ -69,7 +70,7 @@ struct HostFlags {
 pub struct Kernel {
     ipvs: ipvs::Handle,
     sets: ipset::Handle,
-    rules: super::chains::Chains,
+    rules: Chains,
     network: Network,
     conntrack: Conntrack,
     families: Vec<Family>,
@@ -123,7 +124,7 @@ impl Kernel {
         if Path::new("/proc/sys/net/ipv6").exists() {
             families.push(Family::V6);
         }
-        let rules = super::chains::Chains::open(&mut families)?;
+        let rules = Chains::open(&mut families, CHAINS)?;
         let mut network = Network::open()?;
         let device = network.link(DUMMY_LINK)?.map_or(0, |link| link.index);
         Ok(Self {
@@ -357,7 +358,7 @@ impl Kernel {
 
     /// Makes the chains right and returns how many were not. With `check` they are read back first.
     pub fn sync_rules(&mut self, wanted: Rules, check: bool) -> Result<usize, Error> {
-        self.rules.sync(wanted, check)
+        Ok(self.rules.sync(wanted, check)?)
     }
 
     /// Deletes the stale UDP flows; returns how many.
@@ -415,7 +416,7 @@ impl Kernel {
 
     /// What [`Kernel::sync_rules`] would write, one line each.
     pub fn rules_difference(&self, wanted: &Rules) -> Result<Vec<String>, Error> {
-        self.rules.difference(wanted)
+        Ok(self.rules.difference(wanted)?)
     }
 }
 

@@ -4,51 +4,15 @@
 //! drift, and ten thousand of them cost a few milliseconds. Names are kube-router's, and
 //! kube-proxy's where the meaning is the same.
 
-use std::fmt::{Display, Write};
+use std::fmt::Display;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use ferroute_ipvs as ipvs;
 
 use super::kernel::ServiceStatistics;
 use super::work::{TABLES, Work};
-
-/// Upper bounds in seconds: fine where one change is, coarse where a cold start is.
-const BOUNDS: [f64; 16] =
-    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
-
-/// A histogram of durations.
-#[derive(Clone, Debug, Default)]
-pub struct Histogram {
-    buckets: [u64; BOUNDS.len()],
-    count: u64,
-    sum: f64,
-}
-
-impl Histogram {
-    /// Counts one duration.
-    pub fn observe(&mut self, duration: Duration) {
-        let seconds = duration.as_secs_f64();
-        self.count += 1;
-        self.sum += seconds;
-        if let Some(index) = BOUNDS.iter().position(|bound| seconds <= *bound) {
-            self.buckets[index] += 1;
-        }
-    }
-
-    fn write(&self, out: &mut String, name: &str, help: &str) {
-        head(out, name, "histogram", help);
-        let mut total = 0;
-        for (bound, count) in BOUNDS.iter().zip(self.buckets) {
-            total += count;
-            line(out, &format!("{name}_bucket"), &format!("{{le=\"{bound}\"}}"), total);
-        }
-        line(out, &format!("{name}_bucket"), "{le=\"+Inf\"}", self.count);
-        line(out, &format!("{name}_sum"), "", self.sum);
-        line(out, &format!("{name}_count"), "", self.count);
-    }
-}
+use crate::metrics::{Histogram, escaped, head, line};
 
 /// Counters and gauges of the room.
 #[derive(Default)]
@@ -182,8 +146,8 @@ fn write_services(out: &mut String, services: &[ServiceStatistics]) {
         .map(|s| {
             format!(
                 "{{svc_namespace=\"{}\",service_name=\"{}\",service_vip=\"{}\",protocol=\"{}\",port=\"{}\"}}",
-                escape(&s.service.namespace),
-                escape(&s.service.name),
+                escaped(&s.service.namespace),
+                escaped(&s.service.name),
                 s.vip,
                 s.protocol.to_string().to_lowercase(),
                 s.port
@@ -199,20 +163,6 @@ fn write_services(out: &mut String, services: &[ServiceStatistics]) {
     }
 }
 
-fn head(out: &mut String, name: &str, kind: &str, help: &str) {
-    // Writing to a String cannot fail.
-    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
-}
-
-fn line(out: &mut String, name: &str, labels: &str, value: impl Display) {
-    let _ = writeln!(out, "{name}{labels} {value}");
-}
-
-/// Label values as the text format wants them.
-fn escape(text: &str) -> String {
-    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -220,18 +170,7 @@ mod tests {
     use crate::cluster::service::Protocol;
 
     #[test]
-    fn buckets_are_cumulative_and_labels_escaped() {
-        let mut histogram = Histogram::default();
-        for ms in [0, 3, 3, 200_000] {
-            histogram.observe(Duration::from_millis(ms));
-        }
-        let mut out = String::new();
-        histogram.write(&mut out, "x", "help");
-        assert!(
-            out.contains("x_bucket{le=\"0.0005\"} 1\n") && out.contains("x_bucket{le=\"0.005\"} 3\n"),
-            "{out}"
-        );
-        assert!(out.contains("x_bucket{le=\"+Inf\"} 4\n") && out.contains("x_count 4\n"), "{out}");
+    fn labels_are_escaped() {
         let mut out = String::new();
         write_services(
             &mut out,

@@ -7,7 +7,6 @@
 //! - [`rules`], [`sets`], [`marks`]: the constant chains, the sets they name, the marks. Pure.
 //! - `room`: the thread that wakes, compares and applies through `kernel`.
 
-mod chains;
 pub mod desired;
 pub mod drain;
 pub mod eligible;
@@ -24,7 +23,6 @@ pub mod mirror;
 mod removal;
 mod room;
 pub mod rules;
-mod schedule;
 pub mod sets;
 pub mod settings;
 pub mod status;
@@ -34,11 +32,11 @@ pub mod work;
 use std::collections::BTreeSet;
 
 pub use error::Error;
-pub use removal::{Cleanup, cleanup};
+pub use removal::cleanup;
 pub use room::Room;
 pub use settings::Settings;
 pub use status::Status;
-pub use view::{Health, View};
+pub use view::View;
 pub use work::Work;
 
 use crate::cluster::Cluster;

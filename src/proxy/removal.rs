@@ -4,25 +4,18 @@
 //! chains, the dummy link), by number (routes, marks) and, for virtual servers, by the set of VIP
 //! ports, which is therefore destroyed last.
 
+use ferroute_iptables::Family;
 use ferroute_iptables::ipset::{self, Entry};
-use ferroute_iptables::{Command, Family, Ours, Variant, remove};
 use ferroute_ipvs as ipvs;
 
 use super::kernel::{DUMMY_LINK, set_names};
 use super::marks;
 use super::rules::CHAINS;
 use super::sets::{Role, SetId};
+use crate::chains;
+use crate::cleanup::Cleanup;
 use crate::host::Network;
 use crate::host::route::{PROTOCOL, RouteChange, RouteFilter, TABLE_LOCAL};
-
-/// What a clean-up removed, or would remove.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Cleanup {
-    /// One line per object.
-    pub removed: Vec<String>,
-    /// What stays although it is ours, and why.
-    pub failures: Vec<String>,
-}
 
 /// Removes chains and jumps, virtual servers, routes, the dummy link and sets, in this order: rules
 /// before the sets they name, virtual servers while the set still tells which are ours. Every
@@ -31,7 +24,7 @@ pub struct Cleanup {
 /// Sysctls stay: other programs may rely on them by now.
 pub fn cleanup(dry_run: bool) -> Cleanup {
     let mut cleanup = Cleanup::default();
-    remove_chains(&mut cleanup, dry_run);
+    chains::remove_everywhere(&CHAINS, dry_run, &mut cleanup);
     match ipset::Handle::open() {
         Ok(mut sets) => {
             remove_servers(&mut cleanup, &mut sets, dry_run);
@@ -45,29 +38,6 @@ pub fn cleanup(dry_run: bool) -> Cleanup {
         }
     }
     cleanup
-}
-
-fn remove_chains(cleanup: &mut Cleanup, dry_run: bool) {
-    let mut commands = Vec::new();
-    for family in Family::BOTH {
-        // Both variants: the host may have been switched since.
-        let (works, fails): (Vec<_>, Vec<_>) = [Variant::Nft, Variant::Legacy]
-            .map(|variant| {
-                Command::new(family, variant).and_then(|command| command.check().map(|()| command))
-            })
-            .into_iter()
-            .partition(Result::is_ok);
-        if works.is_empty() {
-            cleanup.failures.extend(fails.into_iter().filter_map(Result::err).map(|error| error.to_string()));
-        }
-        commands.extend(works.into_iter().filter_map(Result::ok));
-    }
-    let removal = remove(&commands, &Ours::new(CHAINS), None, dry_run);
-    // The list says what is removed, so the verb is said once.
-    let object =
-        |line: String| line.replace(": remove jump ", ": jump in ").replace(": delete chain ", ": chain ");
-    cleanup.removed.extend(removal.removed.into_iter().map(object));
-    cleanup.failures.extend(removal.failed);
 }
 
 fn remove_servers(cleanup: &mut Cleanup, sets: &mut ipset::Handle, dry_run: bool) {

@@ -19,7 +19,6 @@ use super::healthcheck::HealthServers;
 use super::kernel::Kernel;
 use super::ledger::{Ledger, Touched};
 use super::mirror::{self, Changes, Mirror, Scope};
-use super::schedule::Schedule;
 use super::settings::Settings;
 use super::status::Status;
 use super::view::{Request, Shared, View};
@@ -27,6 +26,7 @@ use crate::cluster::service::{Problem, Protocol};
 use crate::cluster::{Dirty, Kind, ServiceKey, Subscription};
 use crate::host::conntrack::RemovedEndpoint;
 use crate::report::Reporter;
+use crate::schedule::{Due, Schedule};
 
 /// Services taken per step: bounds the memory of a cold start and lets it begin serving at once.
 const STEP: usize = 512;
@@ -522,7 +522,7 @@ impl Room {
     }
 
     /// Reads kernel tables back and repairs what differs.
-    fn audit(&mut self, audit: super::schedule::Due) -> bool {
+    fn audit(&mut self, audit: Due) -> bool {
         let started = Instant::now();
         let mut clean = true;
         if audit.tables {

@@ -11,6 +11,7 @@ use ferroute_iptables::{
 use super::facts::Facts;
 use super::sets::{Role, SetId};
 use super::settings::Settings;
+use crate::chains::Rules;
 
 /// Guards VIPs in `filter`, marks local clients in `mangle`.
 pub const SERVICES: &str = "KUBE-ROUTER-SERVICES";
@@ -21,9 +22,6 @@ pub const MASQUERADE: &str = "KUBE-ROUTER-MASQUERADE";
 
 /// Every chain of ours: whole names, since other rooms have chains with the same prefix.
 pub const CHAINS: [&str; 3] = [SERVICES, HAIRPIN, MASQUERADE];
-
-/// Chains and jumps by family and table.
-pub type Rules = BTreeMap<(Family, TableName), Ruleset>;
 
 /// What the chains must be.
 pub fn desired(settings: &Settings, facts: &Facts, families: &[Family]) -> Rules {

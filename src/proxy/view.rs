@@ -11,6 +11,7 @@ use super::metrics::{Numbers, lock};
 use super::status::Status;
 use super::work::Work;
 use crate::cluster::Waker;
+use crate::health::Passes;
 
 /// Questions the room answers between two passes, since it alone owns the kernel handles.
 pub(super) enum Request {
@@ -20,27 +21,10 @@ pub(super) enum Request {
     Statistics(SyncSender<Vec<ServiceStatistics>>),
 }
 
-/// State of the room for health checks.
-#[derive(Clone, Debug)]
-pub struct Health {
-    /// When the room was opened.
-    pub started: Instant,
-    /// When its loop last turned; it turns at least every five seconds.
-    pub last_turn: Instant,
-    /// When everything wanted was last in the kernel.
-    pub last_clean_pass: Option<Instant>,
-    /// Clean passes so far.
-    pub passes: u64,
-    /// Passes that left something undone.
-    pub failures: u64,
-    /// What the newest failure said; `None` after a clean pass.
-    pub last_error: Option<String>,
-}
-
 /// Numbers written by the room and read by everybody.
 pub(super) struct Shared {
     stopping: AtomicBool,
-    health: Mutex<Health>,
+    health: Mutex<Passes>,
     pub(super) numbers: Numbers,
 }
 
@@ -55,12 +39,7 @@ impl Shared {
 
     pub(super) fn passed(&self, started: Instant, since: Option<Instant>, servers: usize, draining: usize) {
         let now = Instant::now();
-        {
-            let mut health = lock(&self.health);
-            health.last_clean_pass = Some(now);
-            health.passes += 1;
-            health.last_error = None;
-        }
+        lock(&self.health).passed(now);
         self.numbers.virtual_servers.store(servers as u64, Ordering::Relaxed);
         self.numbers.draining.store(draining as u64, Ordering::Relaxed);
         lock(&self.numbers.passes).observe(now - started);
@@ -110,14 +89,7 @@ impl View {
         let now = Instant::now();
         let shared = Arc::new(Shared {
             stopping: AtomicBool::new(false),
-            health: Mutex::new(Health {
-                started: now,
-                last_turn: now,
-                last_clean_pass: None,
-                passes: 0,
-                failures: 0,
-                last_error: None,
-            }),
+            health: Mutex::new(Passes::new(now)),
             numbers: Numbers::default(),
         });
         let (requests, receiver) = channel();
@@ -131,7 +103,7 @@ impl View {
     }
 
     /// State of the room.
-    pub fn health(&self) -> Health {
+    pub fn health(&self) -> Passes {
         lock(&self.shared.health).clone()
     }
 

@@ -1,4 +1,4 @@
-//! When to look at the kernel again: a full audit each period, cheap ones in between, and soon
+//! When a room looks at the kernel again: a full audit each period, cheap ones in between, and soon
 //! after anything failed. Time is passed in.
 //!
 //! A cheap audit may cost a twentieth of a percent of one core, so its interval follows what it

@@ -1,0 +1,189 @@
+//! A room's chains in the kernel: one iptables command per family, and what is known to be there.
+
+use std::collections::BTreeMap;
+
+use ferroute_iptables::{
+    ChainChanges, Command, Error, Family, Found, Ours, Plan, Removal, Ruleset, TableName, Variant, plan,
+    plan_chains, remove,
+};
+
+use crate::cleanup::Cleanup;
+
+/// Chains and jumps by family and table.
+pub type Rules = BTreeMap<(Family, TableName), Ruleset>;
+
+/// Reads and writes the chains that one room owns.
+pub struct Chains {
+    commands: BTreeMap<Family, Command>,
+    ours: Ours,
+    /// What was written or found right last, to know a change of ours from none without reading.
+    known: BTreeMap<(Family, TableName), Ruleset>,
+    /// The same tables as the kernel holds them, for changes of single chains.
+    found: BTreeMap<(Family, TableName), Found>,
+}
+
+impl Chains {
+    /// Chooses the variant of iptables the host uses, per family; `prefixes` say which chains are
+    /// ours. A family whose programs are missing or do not work is dropped from `families`, but
+    /// IPv4 must work.
+    pub fn open(
+        families: &mut Vec<Family>,
+        prefixes: impl IntoIterator<Item = &'static str>,
+    ) -> Result<Self, Error> {
+        let mut commands = BTreeMap::new();
+        for family in families.clone() {
+            match Command::detect(family, None) {
+                Ok(found) => {
+                    tracing::info!(
+                        ?family, variant = %found.command.variant(), reason = ?found.reason,
+                        passed_over = ?found.passed_over, "iptables chosen"
+                    );
+                    if let Some(mixed) = found.mixed {
+                        tracing::warn!(
+                            ?family, variant = %found.command.variant(), other = %mixed.other, rules = mixed.rules,
+                            "this host has rules in both variants of iptables; packets meet both, programs see one"
+                        );
+                    }
+                    commands.insert(family, found.command);
+                }
+                Err(error) if family == Family::V6 => {
+                    tracing::warn!(%error, "IPv6 is not served");
+                    families.retain(|kept| *kept != family);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Self { commands, ours: Ours::new(prefixes), known: BTreeMap::new(), found: BTreeMap::new() })
+    }
+
+    /// Makes the chains right; returns how many tables were not. With `check` they are read back,
+    /// else only tables whose rules changed since the last call are looked at. One table that
+    /// fails does not keep the others from being written.
+    pub fn sync(&mut self, wanted: Rules, check: bool) -> Result<usize, Error> {
+        let mut repaired = 0;
+        let mut failure = None;
+        let mut families: BTreeMap<Family, Vec<(TableName, Ruleset)>> = BTreeMap::new();
+        for (key, ruleset) in wanted {
+            if check || self.known.get(&key) != Some(&ruleset) {
+                families.entry(key.0).or_default().push((key.1, ruleset));
+            }
+        }
+        for (family, tables) in families {
+            let Some(command) = self.commands.get(&family) else { continue };
+            // Programs are dear, so one reads and one writes all tables of a family.
+            let results = command.sync_tables(&self.ours, &tables);
+            for ((table, ruleset), result) in tables.into_iter().zip(results) {
+                match result {
+                    Ok(plan) => {
+                        if !plan.is_empty() {
+                            repaired += 1;
+                            tracing::info!(?family, %table, changes = ?plan.describe(), "iptables written");
+                        }
+                        self.known.insert((family, table), ruleset);
+                    }
+                    Err(error) => {
+                        self.known.remove(&(family, table));
+                        tracing::warn!(?family, %table, %error, "iptables refused");
+                        failure = Some(error);
+                    }
+                }
+            }
+        }
+        failure.map_or(Ok(repaired), Err)
+    }
+
+    /// What [`Chains::sync`] would write, one line each.
+    pub fn difference(&self, wanted: &Rules) -> Result<Vec<String>, Error> {
+        let mut lines = Vec::new();
+        for ((family, table), ruleset) in wanted {
+            let Some(command) = self.commands.get(family) else { continue };
+            let plan = command.compare(*table, &self.ours, ruleset)?;
+            lines.extend(plan.describe().into_iter().map(|line| format!("{family} {table}: {line}")));
+        }
+        Ok(lines)
+    }
+
+    /// Waits at most so long for a program that holds the lock of the legacy variant.
+    #[must_use]
+    pub fn with_lock_wait(mut self, seconds: u32) -> Self {
+        for command in self.commands.values_mut() {
+            *command = command.clone().with_lock_wait(seconds);
+        }
+        self
+    }
+
+    /// Reads one table back and makes it hold what is wanted, in one atomic step.
+    pub fn settle(&mut self, family: Family, table: TableName, wanted: &Ruleset) -> Result<Plan, Error> {
+        let Some(command) = self.commands.get(&family) else { return Ok(Plan::default()) };
+        self.found.remove(&(family, table));
+        let mut found = command.read(table, &self.ours)?;
+        let plan = plan(&found, wanted, &self.ours, family)?;
+        command.write(table, &plan)?;
+        found.note(&plan);
+        self.found.insert((family, table), found);
+        Ok(plan)
+    }
+
+    /// Changes single chains of one table, in one atomic step. Nothing is read: what the last
+    /// [`Chains::settle`] found and what was written since counts, and the next one finds out
+    /// whether a stranger interfered. After a failure the table is read first.
+    pub fn change(
+        &mut self,
+        family: Family,
+        table: TableName,
+        changes: &ChainChanges,
+    ) -> Result<Plan, Error> {
+        let Some(command) = self.commands.get(&family) else { return Ok(Plan::default()) };
+        let mut found = match self.found.remove(&(family, table)) {
+            Some(found) => found,
+            None => command.read(table, &self.ours)?,
+        };
+        let plan = plan_chains(&found, changes, &self.ours, family)?;
+        command.write(table, &plan)?;
+        found.note(&plan);
+        self.found.insert((family, table), found);
+        Ok(plan)
+    }
+
+    /// What one table holds of ours now.
+    pub fn read(&self, family: Family, table: TableName) -> Result<Found, Error> {
+        self.commands.get(&family).map_or(Ok(Found::default()), |command| command.read(table, &self.ours))
+    }
+
+    /// The variant in use for a family.
+    pub fn variant(&self, family: Family) -> Option<Variant> {
+        self.commands.get(&family).map(Command::variant)
+    }
+
+    /// Removes the chains and the jumps to them.
+    pub fn remove(&mut self, dry_run: bool) -> Removal {
+        self.known.clear();
+        self.found.clear();
+        let commands: Vec<Command> = self.commands.values().cloned().collect();
+        remove(&commands, &self.ours, None, dry_run)
+    }
+}
+
+/// Takes chains of ours and the jumps to them out of every table, in both variants: the host may
+/// have been switched since. Lines say what was removed, or would be, and what stays and why.
+pub fn remove_everywhere(prefixes: &[&str], dry_run: bool, cleanup: &mut Cleanup) {
+    let mut commands = Vec::new();
+    for family in Family::BOTH {
+        let (works, fails): (Vec<_>, Vec<_>) = [Variant::Nft, Variant::Legacy]
+            .map(|variant| {
+                Command::new(family, variant).and_then(|command| command.check().map(|()| command))
+            })
+            .into_iter()
+            .partition(Result::is_ok);
+        if works.is_empty() {
+            cleanup.failures.extend(fails.into_iter().filter_map(Result::err).map(|error| error.to_string()));
+        }
+        commands.extend(works.into_iter().filter_map(Result::ok));
+    }
+    let removal = remove(&commands, &Ours::new(prefixes.iter().copied()), None, dry_run);
+    // The list says what is removed, so the verb is said once.
+    let object =
+        |line: String| line.replace(": remove jump ", ": jump in ").replace(": delete chain ", ": chain ");
+    cleanup.removed.extend(removal.removed.into_iter().map(object));
+    cleanup.failures.extend(removal.failed);
+}
