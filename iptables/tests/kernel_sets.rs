@@ -82,6 +82,10 @@ fn all_kinds() -> Sets {
         sets.insert(name("port"), set(SetType::HashIpPort, family, marked, &ports));
         sets.insert(name("pair"), set(SetType::HashIpPortIp, family, Options::default(), &pairs));
         sets.insert(name("portnet"), set(SetType::HashIpPortNet, family, Options::default(), &port_nets));
+        let host = |ip| ipnet::IpNet::from(ip);
+        let net_nets =
+            plain(&[Entry::NetNet(host(a), host(a)), Entry::NetNet(wide.parse().unwrap(), host(b))]);
+        sets.insert(name("nets"), set(SetType::HashNetNet, family, Options::default(), &net_nets));
         sets.insert(name("empty"), set(SetType::HashIp, family, Options::default(), &[]));
     }
     sets

@@ -12,9 +12,18 @@
 //!
 //! Pure: no clock, no IO, no kernel.
 
+mod block;
+mod chain;
+mod definition;
+mod index;
+mod members;
 mod model;
+mod name;
 
+pub use chain::{Exempt, Options, ServiceSets, UnknownPods};
+pub use index::{Index, Touched};
 pub use model::{
     Direction, Key, Labels, NamedPort, Peer, Pod, Policy, PolicyPort, PortMatch, Protocol, Requirement, Rule,
     Selector,
 };
+pub use name::{CHAIN_PREFIXES, SET_PREFIXES};

@@ -392,6 +392,7 @@ fn known_revisions(set_type: SetType) -> Option<(u8, u8)> {
         SetType::HashIpPort => Some((7, 5)),
         SetType::HashIpPortIp => Some((6, 5)),
         SetType::HashIpPortNet => Some((8, 7)),
+        SetType::HashNetNet => Some((4, 2)),
         SetType::Other => None,
     }
 }

@@ -21,14 +21,22 @@ pub enum SetType {
     HashIpPortIp,
     /// `hash:ip,port,net`
     HashIpPortNet,
+    /// `hash:net,net`
+    HashNetNet,
     /// A type this crate reads but never writes: such a set can only be destroyed.
     Other,
 }
 
 impl SetType {
     /// The types this crate writes.
-    pub const WRITTEN: [SetType; 5] =
-        [Self::HashIp, Self::HashNet, Self::HashIpPort, Self::HashIpPortIp, Self::HashIpPortNet];
+    pub const WRITTEN: [SetType; 6] = [
+        Self::HashIp,
+        Self::HashNet,
+        Self::HashIpPort,
+        Self::HashIpPortIp,
+        Self::HashIpPortNet,
+        Self::HashNetNet,
+    ];
 
     /// The kernel's name of it.
     #[must_use]
@@ -39,6 +47,7 @@ impl SetType {
             Self::HashIpPort => "hash:ip,port",
             Self::HashIpPortIp => "hash:ip,port,ip",
             Self::HashIpPortNet => "hash:ip,port,net",
+            Self::HashNetNet => "hash:net,net",
             Self::Other => "other",
         }
     }
@@ -100,6 +109,8 @@ pub enum Entry {
     IpPortIp(IpAddr, Protocol, u16, IpAddr),
     /// Of `hash:ip,port,net`.
     IpPortNet(IpAddr, Protocol, u16, IpNet),
+    /// Of `hash:net,net`; host bits are cleared as for [`Entry::Net`].
+    NetNet(IpNet, IpNet),
 }
 
 /// What hangs on an entry; changed by adding the entry again.
@@ -180,6 +191,7 @@ impl Entry {
         match self {
             Self::Net(net) => Self::Net(net.trunc()),
             Self::IpPortNet(ip, protocol, port, net) => Self::IpPortNet(ip, protocol, port, net.trunc()),
+            Self::NetNet(first, second) => Self::NetNet(first.trunc(), second.trunc()),
             other => other,
         }
     }
@@ -201,6 +213,11 @@ impl Entry {
             (Self::IpPortNet(ip, _, _, net), SetType::HashIpPortNet) => {
                 (same(ip) && same(net.addr()), net.prefix_len() == 0, true)
             }
+            (Self::NetNet(first, second), SetType::HashNetNet) => (
+                same(first.addr()) && same(second.addr()),
+                first.prefix_len() == 0 || second.prefix_len() == 0,
+                true,
+            ),
             _ => return Err(Misfit::Shape { entry, kind }),
         };
         if !family {
@@ -240,6 +257,7 @@ impl fmt::Display for Entry {
             Self::IpPort(ip, protocol, port) => write!(f, "{ip},{protocol}:{port}"),
             Self::IpPortIp(ip, protocol, port, second) => write!(f, "{ip},{protocol}:{port},{second}"),
             Self::IpPortNet(ip, protocol, port, net) => write!(f, "{ip},{protocol}:{port},{net}"),
+            Self::NetNet(first, second) => write!(f, "{first},{second}"),
         }
     }
 }

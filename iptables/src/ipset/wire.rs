@@ -256,6 +256,12 @@ fn put(data: &mut Body<'_>, entry: &Entry, extra: Extra) {
             put_address(data, ATTR_IP2, net.addr());
             data.u8(ATTR_CIDR2, net.prefix_len());
         }
+        Entry::NetNet(first, second) => {
+            put_address(data, ATTR_IP, first.addr());
+            data.u8(ATTR_CIDR, first.prefix_len());
+            put_address(data, ATTR_IP2, second.addr());
+            data.u8(ATTR_CIDR2, second.prefix_len());
+        }
     }
     if extra.nomatch {
         data.be32(ATTR_CADT_FLAGS | NET, FLAG_NOMATCH);
@@ -419,6 +425,7 @@ fn decode_entry(data: &Attribute<'_>, kind: Kind) -> Result<(Entry, Extra), Deco
         SetType::HashIpPort => Entry::IpPort(ip, protocol()?, port()?),
         SetType::HashIpPortIp => Entry::IpPortIp(ip, protocol()?, port()?, ip2()?),
         SetType::HashIpPortNet => Entry::IpPortNet(ip, protocol()?, port()?, network(ip2()?, cidr2)?),
+        SetType::HashNetNet => Entry::NetNet(network(ip, cidr)?, network(ip2()?, cidr2)?),
         SetType::Other => return Err(DecodeError::Missing { what: "IPSET_ATTR_TYPENAME" }),
     };
     Ok((entry, extra))
@@ -493,6 +500,7 @@ mod tests {
             round_trip(Entry::IpPort(ip, protocol, port), extra, SetType::HashIpPort);
             round_trip(Entry::IpPortIp(ip, protocol, port, second), extra, SetType::HashIpPortIp);
             round_trip(Entry::IpPortNet(ip, protocol, port, net), extra, SetType::HashIpPortNet);
+            round_trip(Entry::NetNet(net, IpNet::from(ip)), extra, SetType::HashNetNet);
         }
 
         #[test]

@@ -149,7 +149,7 @@ pub fn ipvs_family() -> Result<u16> {
 fn address_of(entry: &Entry) -> IpAddr {
     match entry {
         Entry::Ip(ip) | Entry::IpPort(ip, ..) | Entry::IpPortIp(ip, ..) | Entry::IpPortNet(ip, ..) => *ip,
-        Entry::Net(net) => net.addr(),
+        Entry::Net(net) | Entry::NetNet(net, _) => net.addr(),
     }
 }
 
@@ -169,6 +169,7 @@ fn create_set(batch: &mut Batch, name: &str, set: &Set) -> Result<()> {
         SetType::HashNet => 6,
         SetType::HashIpPort | SetType::HashIpPortIp => 5,
         SetType::HashIpPortNet => 7,
+        SetType::HashNetNet => 2,
         SetType::Other => bail!("set {name} is of an unknown type"),
     };
     let family = family_of(set);
@@ -235,6 +236,10 @@ fn write_entry(data: &mut Body<'_>, entry: &Entry, extra: Extra) {
         Entry::IpPortIp(ip, protocol, port, second) => (ip, Some((protocol, port)), Some(second), None),
         Entry::IpPortNet(ip, protocol, port, net) => {
             (ip, Some((protocol, port)), Some(net.addr()), Some((21, net.prefix_len())))
+        }
+        Entry::NetNet(net, second) => {
+            data.u8(3, net.prefix_len());
+            (net.addr(), None, Some(second.addr()), Some((21, second.prefix_len())))
         }
     };
     address(data, 1, ip);
