@@ -89,7 +89,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         // The API client and the health check node port servers belong to the runtime.
         let _inside = runtime.enter();
         check_access(&source)?;
-        proxy::Room::open(settings, cluster.subscribe(), reporter.room("proxy"))?
+        proxy::Room::open(settings, cluster.subscribe_to(&Interests::SERVICE_PROXY), reporter.room("proxy"))?
     };
     capabilities::keep(&capabilities::ALWAYS)?;
 

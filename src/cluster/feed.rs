@@ -5,7 +5,7 @@
 use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 
 use super::decode::endpoints::{PlacedSlice, Shared};
-use super::decode::{self, Decoded, Pool, shortened};
+use super::decode::{self, Decoded, shortened};
 use super::service::Problem;
 use super::wire::{
     ApiKind, Item, NamespaceObject, NetworkPolicyObject, NodeObject, PodObject, ServiceCidrObject,
@@ -227,10 +227,10 @@ impl Stored for ServiceCidrObject {
 
 impl Stored for PodObject {
     type Place = ();
-    type Shared = Pool<str>;
+    type Shared = decode::workload::Shared;
 
-    fn store(item: Item<Self>, cluster: &Cluster, texts: &mut Pool<str>) -> Decoded<((), Vec<Problem>)> {
-        match decode::workload::pod(item, texts) {
+    fn store(item: Item<Self>, cluster: &Cluster, shared: &mut Self::Shared) -> Decoded<((), Vec<Problem>)> {
+        match decode::workload::pod(item, shared) {
             Decoded::Ours(pod) => {
                 cluster.apply_pod(pod);
                 Decoded::Ours(((), Vec::new()))

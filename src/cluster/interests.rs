@@ -18,9 +18,28 @@ pub struct Interests {
 impl Interests {
     /// What the Service room reads; `node` is the Node this process runs for.
     pub fn service_proxy(node: impl Into<Arc<str>>) -> Self {
-        Self {
-            kinds: BTreeSet::from([Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr]),
-            only_node: Some(node.into()),
+        Self { kinds: BTreeSet::from(Self::SERVICE_PROXY), only_node: Some(node.into()) }
+    }
+
+    /// Kinds that the Service room reads.
+    pub const SERVICE_PROXY: [Kind; 4] = [Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr];
+
+    /// Kinds that the policy room reads. Other Nodes are not needed: Pods tell their own and, on
+    /// the host's network, their node's addresses.
+    pub const NETWORK_POLICY: [Kind; 4] = [Kind::Pod, Kind::Namespace, Kind::NetworkPolicy, Kind::Node];
+
+    /// What the policy room reads; `node` is the Node this process runs for.
+    pub fn network_policy(node: impl Into<Arc<str>>) -> Self {
+        Self { kinds: BTreeSet::from(Self::NETWORK_POLICY), only_node: Some(node.into()) }
+    }
+
+    /// What both together read.
+    #[must_use]
+    pub fn and(mut self, other: Self) -> Self {
+        self.kinds.extend(other.kinds);
+        if self.only_node != other.only_node {
+            self.only_node = None;
         }
+        self
     }
 }

@@ -93,6 +93,17 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Service,
+        Self::EndpointSlice,
+        Self::Node,
+        Self::ServiceCidr,
+        Self::Pod,
+        Self::Namespace,
+        Self::NetworkPolicy,
+    ];
+
     /// The kind as written in manifests.
     pub fn name(self) -> &'static str {
         match self {
@@ -191,6 +202,8 @@ struct Inner {
 
 #[derive(Default)]
 struct Inbox {
+    /// Only changes of these are collected.
+    kinds: BTreeSet<Kind>,
     content: Mutex<InboxContent>,
     arrived: Condvar,
 }
@@ -231,21 +244,39 @@ impl Cluster {
         lock(&self.inner.state)
     }
 
-    /// Starts collecting changes. Everything already known counts as changed.
+    /// Starts collecting changes of every kind. Everything already known counts as changed.
     pub fn subscribe(&self) -> Subscription {
-        let inbox = Arc::new(Inbox::default());
+        self.subscribe_to(&Kind::ALL)
+    }
+
+    /// Starts collecting changes of these kinds; others do not wake the reader. Everything already
+    /// known counts as changed.
+    pub fn subscribe_to(&self, kinds: &[Kind]) -> Subscription {
+        let inbox = Arc::new(Inbox { kinds: kinds.iter().copied().collect(), ..Inbox::default() });
+        let wants = |kind| inbox.kinds.contains(&kind);
         let state = self.read();
         {
             let mut content = lock(&inbox.content);
-            content.dirty.services = state.services.keys().cloned().collect();
-            content.dirty.nodes = state.nodes.keys().cloned().collect();
-            content.dirty.pods = state.pods.keys().cloned().collect();
-            content.dirty.namespaces = state.namespaces.keys().cloned().collect();
-            content.dirty.network_policies = state.network_policies.keys().cloned().collect();
-            content.dirty.service_cidrs = !state.service_cidrs.is_empty();
-            content.dirty.listed = !state.listed.is_empty();
-            if !content.dirty.is_empty() {
-                content.dirty.since = Some(Instant::now());
+            let dirty = &mut content.dirty;
+            if wants(Kind::Service) || wants(Kind::EndpointSlice) {
+                dirty.services = state.services.keys().cloned().collect();
+            }
+            if wants(Kind::Node) {
+                dirty.nodes = state.nodes.keys().cloned().collect();
+            }
+            if wants(Kind::Pod) {
+                dirty.pods = state.pods.keys().cloned().collect();
+            }
+            if wants(Kind::Namespace) {
+                dirty.namespaces = state.namespaces.keys().cloned().collect();
+            }
+            if wants(Kind::NetworkPolicy) {
+                dirty.network_policies = state.network_policies.keys().cloned().collect();
+            }
+            dirty.service_cidrs = wants(Kind::ServiceCidr) && !state.service_cidrs.is_empty();
+            dirty.listed = state.listed.iter().any(|kind| wants(*kind));
+            if !dirty.is_empty() {
+                dirty.since = Some(Instant::now());
             }
         }
         lock(&self.inner.subscribers).push(inbox.clone());
@@ -262,7 +293,7 @@ impl Cluster {
         }
         state.services.insert(key.clone(), Arc::new(service));
         drop(state);
-        self.mark(|dirty| {
+        self.mark(Kind::Service, |dirty| {
             dirty.services.insert(key.clone());
         });
     }
@@ -270,7 +301,7 @@ impl Cluster {
     /// Forgets a Service (deleted, or no longer ours to serve).
     pub fn delete_service(&self, key: &ServiceKey) {
         if self.read().services.remove(key).is_some() {
-            self.mark(|dirty| {
+            self.mark(Kind::Service, |dirty| {
                 dirty.services.insert(key.clone());
             });
         }
@@ -287,7 +318,7 @@ impl Cluster {
         let known = state.services.contains_key(&service);
         drop(state);
         if known {
-            self.mark(|dirty| {
+            self.mark(Kind::EndpointSlice, |dirty| {
                 dirty.services.insert(service.clone());
             });
         }
@@ -306,7 +337,7 @@ impl Cluster {
         let known = state.services.contains_key(service);
         drop(state);
         if known {
-            self.mark(|dirty| {
+            self.mark(Kind::EndpointSlice, |dirty| {
                 dirty.services.insert(service.clone());
             });
         }
@@ -320,7 +351,7 @@ impl Cluster {
             return;
         }
         state.nodes.insert(name.clone(), Arc::new(node));
-        self.mark(|dirty| {
+        self.mark(Kind::Node, |dirty| {
             dirty.nodes.insert(name.clone());
         });
     }
@@ -329,7 +360,7 @@ impl Cluster {
     pub fn delete_node(&self, name: &str) {
         let removed = self.read().nodes.remove_entry(name);
         if let Some((name, _)) = removed {
-            self.mark(|dirty| {
+            self.mark(Kind::Node, |dirty| {
                 dirty.nodes.insert(name.clone());
             });
         }
@@ -344,7 +375,7 @@ impl Cluster {
             state.service_cidrs.insert(name, cidrs.clone()) != Some(cidrs)
         };
         if changed {
-            self.mark(|dirty| dirty.service_cidrs = true);
+            self.mark(Kind::ServiceCidr, |dirty| dirty.service_cidrs = true);
         }
     }
 
@@ -356,7 +387,7 @@ impl Cluster {
             return;
         }
         state.pods.insert(key.clone(), Arc::new(pod));
-        self.mark(|dirty| {
+        self.mark(Kind::Pod, |dirty| {
             dirty.pods.insert(key.clone());
         });
     }
@@ -364,7 +395,7 @@ impl Cluster {
     /// Forgets a Pod.
     pub fn delete_pod(&self, key: &ObjectKey) {
         if self.read().pods.remove(key).is_some() {
-            self.mark(|dirty| {
+            self.mark(Kind::Pod, |dirty| {
                 dirty.pods.insert(key.clone());
             });
         }
@@ -378,7 +409,7 @@ impl Cluster {
             return;
         }
         state.namespaces.insert(name.clone(), Arc::new(namespace));
-        self.mark(|dirty| {
+        self.mark(Kind::Namespace, |dirty| {
             dirty.namespaces.insert(name.clone());
         });
     }
@@ -387,7 +418,7 @@ impl Cluster {
     pub fn delete_namespace(&self, name: &str) {
         let removed = self.read().namespaces.remove_entry(name);
         if let Some((name, _)) = removed {
-            self.mark(|dirty| {
+            self.mark(Kind::Namespace, |dirty| {
                 dirty.namespaces.insert(name.clone());
             });
         }
@@ -401,7 +432,7 @@ impl Cluster {
             return;
         }
         state.network_policies.insert(key.clone(), Arc::new(policy));
-        self.mark(|dirty| {
+        self.mark(Kind::NetworkPolicy, |dirty| {
             dirty.network_policies.insert(key.clone());
         });
     }
@@ -409,7 +440,7 @@ impl Cluster {
     /// Forgets a NetworkPolicy.
     pub fn delete_network_policy(&self, key: &ObjectKey) {
         if self.read().network_policies.remove(key).is_some() {
-            self.mark(|dirty| {
+            self.mark(Kind::NetworkPolicy, |dirty| {
                 dirty.network_policies.insert(key.clone());
             });
         }
@@ -423,14 +454,14 @@ impl Cluster {
     /// Records that the first list of a kind is complete.
     pub fn set_listed(&self, kind: Kind) {
         if self.read().listed.insert(kind) {
-            self.mark(|dirty| dirty.listed = true);
+            self.mark(kind, |dirty| dirty.listed = true);
         }
     }
 
-    /// Adds a change to every subscriber's inbox and wakes it.
-    fn mark(&self, change: impl Fn(&mut Dirty)) {
+    /// Adds a change to the inbox of everyone who reads that kind, and wakes them.
+    fn mark(&self, kind: Kind, change: impl Fn(&mut Dirty)) {
         let now = Instant::now();
-        for inbox in lock(&self.inner.subscribers).iter() {
+        for inbox in lock(&self.inner.subscribers).iter().filter(|inbox| inbox.kinds.contains(&kind)) {
             let mut content = lock(&inbox.content);
             change(&mut content.dirty);
             content.dirty.since.get_or_insert(now);
@@ -532,6 +563,21 @@ mod tests {
         assert!(dirty.since.is_some());
         cluster.delete_service(&ObjectKey::new("shop", "gone"));
         assert!(taken(&subscription).is_empty());
+    }
+
+    #[test]
+    fn a_reader_is_woken_by_its_own_kinds_only() {
+        let cluster = Cluster::new();
+        cluster.apply_service(service("a"));
+        let subscription = cluster.subscribe_to(&[Kind::Namespace]);
+        assert!(taken(&subscription).is_empty());
+        cluster.apply_service(service("b"));
+        cluster.set_listed(Kind::Service);
+        assert!(taken(&subscription).is_empty());
+        cluster.apply_namespace(Namespace { name: "shop".into(), ..Namespace::default() });
+        cluster.set_listed(Kind::Namespace);
+        let dirty = taken(&subscription);
+        assert!(dirty.namespaces.contains("shop") && dirty.listed);
     }
 
     #[test]

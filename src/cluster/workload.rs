@@ -1,15 +1,11 @@
 //! Pods and Namespaces as the rooms see them.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::num::NonZeroU16;
 use std::sync::Arc;
 
-use super::ObjectKey;
-use super::service::Protocol;
+pub use ferroute_policy::{Labels, NamedPort};
 
-/// Labels of an object.
-pub type Labels = BTreeMap<Box<str>, Box<str>>;
+use super::ObjectKey;
 
 /// `status.phase` of a Pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,17 +23,6 @@ pub enum Phase {
     Unknown,
 }
 
-/// A declared container port. Only named ports are kept: others are documentation.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ContainerPort {
-    /// `containerPort` name, as NetworkPolicies refer to it.
-    pub name: Box<str>,
-    /// Transport protocol (default TCP).
-    pub protocol: Protocol,
-    /// The number.
-    pub port: NonZeroU16,
-}
-
 /// A Pod, trimmed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
@@ -45,8 +30,8 @@ pub struct Pod {
     pub key: ObjectKey,
     /// `metadata.uid`, for events.
     pub uid: Arc<str>,
-    /// `metadata.labels`.
-    pub labels: Labels,
+    /// `metadata.labels`; pods of one kind share them.
+    pub labels: Arc<Labels>,
     /// `status.podIPs` (else `podIP`) that parse.
     pub ips: Vec<IpAddr>,
     /// `status.hostIPs` (else `hostIP`) that parse.
@@ -57,8 +42,9 @@ pub struct Pod {
     pub phase: Phase,
     /// `spec.nodeName`.
     pub node: Option<Arc<str>>,
-    /// Named ports of containers and of init containers that keep running.
-    pub ports: Vec<ContainerPort>,
+    /// Named ports of containers and of init containers that keep running. Ports without a name are
+    /// documentation.
+    pub ports: Vec<NamedPort>,
     /// Condition `Ready` is true.
     pub ready: bool,
     /// `metadata.deletionTimestamp` is set.
@@ -71,5 +57,5 @@ pub struct Namespace {
     /// `metadata.name`.
     pub name: Arc<str>,
     /// `metadata.labels`.
-    pub labels: Labels,
+    pub labels: Arc<Labels>,
 }

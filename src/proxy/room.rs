@@ -23,7 +23,7 @@ use super::settings::Settings;
 use super::status::Status;
 use super::view::{Request, Shared, View};
 use crate::cluster::service::{Problem, Protocol};
-use crate::cluster::{Dirty, Kind, ServiceKey, Subscription};
+use crate::cluster::{Dirty, Interests, Kind, ServiceKey, Subscription};
 use crate::host::conntrack::RemovedEndpoint;
 use crate::report::Reporter;
 use crate::schedule::{Due, Schedule};
@@ -38,7 +38,7 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(5);
 const LISTING_GATHER: Duration = Duration::from_millis(10);
 /// Kinds without which nothing may be decided.
 /// Ranges are among them: without, a restart would unbind a range that is bound.
-const NEEDED: [Kind; 4] = [Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr];
+const NEEDED: [Kind; 4] = Interests::SERVICE_PROXY;
 
 /// The Service room. [`Room::run`] is its thread.
 pub struct Room {

@@ -114,6 +114,15 @@ pub fn protocol(text: &str) -> Option<Protocol> {
     }
 }
 
+/// The same, for policies.
+pub fn policy_protocol(text: &str) -> Option<ferroute_policy::Protocol> {
+    Some(match protocol(text)? {
+        Protocol::Tcp => ferroute_policy::Protocol::Tcp,
+        Protocol::Udp => ferroute_policy::Protocol::Udp,
+        Protocol::Sctp => ferroute_policy::Protocol::Sctp,
+    })
+}
+
 /// A port number 1 to 65535.
 pub fn port(number: i64) -> Option<NonZeroU16> {
     u16::try_from(number).ok().and_then(NonZeroU16::new)

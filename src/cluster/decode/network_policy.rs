@@ -1,14 +1,14 @@
 //! networking.k8s.io/v1 NetworkPolicy to [`NetworkPolicy`].
 //!
 //! Policy protects, so a part that cannot be read narrows what is allowed and never widens it: a
-//! bad selector makes the whole object unparsable, a bad peer or port allows nothing.
+//! bad peer, port or rule allows nothing, and the rest of the policy stays in force. Only when it
+//! cannot be told which pods a policy is about is the object as a whole unparsable.
 
+use ferroute_policy::{Direction, Peer, Policy, PolicyPort, PortMatch, Requirement, Rule, Selector};
 use ipnet::IpNet;
 
-use super::{Decoded, key, port, protocol, shortened, whole};
-use crate::cluster::network_policy::{
-    NetworkPolicy, Peer, PolicyPort, PortMatch, Requirement, Rule, Selector,
-};
+use super::{Decoded, key, policy_protocol, port, shortened, whole};
+use crate::cluster::network_policy::NetworkPolicy;
 use crate::cluster::service::Problem;
 use crate::cluster::wire::{
     Item, LabelSelector, NetworkPolicyObject, NumberOrName, PeerSpec, PolicyPortSpec, RuleSpec,
@@ -24,57 +24,74 @@ pub fn network_policy(item: Item<NetworkPolicyObject>) -> Decoded<NetworkPolicy>
     let mut problems = Vec::new();
     let pod_selector = match selector(&spec.pod_selector) {
         Ok(selector) => selector,
-        Err(why) => return Decoded::Broken(broken_selector("spec.podSelector", &why)),
-    };
-    let (wants_ingress, wants_egress) = if spec.policy_types.is_empty() {
-        (true, !spec.egress.is_empty())
-    } else {
-        let names = |wanted: &str| spec.policy_types.iter().any(|written| written == wanted);
-        (names("Ingress"), names("Egress"))
-    };
-    let mut rules = |wanted: bool, field: &str, written: &[RuleSpec]| {
-        if !wanted {
-            return Ok(None);
+        Err(why) => {
+            return Decoded::Broken(Problem {
+                reason: "InvalidSelector",
+                message: format!(
+                    "spec.podSelector: {why}; it cannot be told which pods this NetworkPolicy isolates, so its \
+                     last good state stays in force, or nothing if it never had one; correct it"
+                ),
+            });
         }
-        let egress = field == "egress";
+    };
+    for name in spec.policy_types.iter().filter(|name| !matches!(name.as_str(), "Ingress" | "Egress")) {
+        problems.push(Problem {
+            reason: "UnknownPolicyType",
+            message: format!(
+                "spec.policyTypes: {:?} is neither Ingress nor Egress and is ignored, correct it",
+                shortened(name)
+            ),
+        });
+    }
+    let names = |wanted: &str| spec.policy_types.iter().any(|written| written == wanted);
+    // The API's defaults: ingress always, egress when there are rules for it.
+    let (wants_ingress, wants_egress) = match (names("Ingress"), names("Egress")) {
+        (false, false) => (true, !spec.egress.is_empty()),
+        named => named,
+    };
+    let mut rules = |direction, written: &[RuleSpec]| -> Vec<Rule> {
         written
             .iter()
             .enumerate()
-            .map(|(index, entry)| rule(&format!("spec.{field}[{index}]"), entry, egress, &mut problems))
-            .collect::<Result<Vec<_>, _>>()
-            .map(Some)
+            .map(|(index, entry)| rule(direction, index, entry, &mut problems))
+            .collect()
     };
-    let ingress = match rules(wants_ingress, "ingress", &spec.ingress) {
-        Ok(rules) => rules,
-        Err(problem) => return Decoded::Broken(problem),
-    };
-    let egress = match rules(wants_egress, "egress", &spec.egress) {
-        Ok(rules) => rules,
-        Err(problem) => return Decoded::Broken(problem),
-    };
+    let ingress = wants_ingress.then(|| rules(Direction::Ingress, &spec.ingress));
+    let egress = wants_egress.then(|| rules(Direction::Egress, &spec.egress));
     Decoded::Ours(NetworkPolicy {
         key,
         uid: metadata.uid.as_str().into(),
-        pod_selector,
-        ingress,
-        egress,
+        policy: Policy { pod_selector, ingress, egress },
         problems,
     })
 }
 
-fn broken_selector(field: &str, why: &str) -> Problem {
-    Problem {
-        reason: "InvalidSelector",
-        message: format!("{field}: {why}; the last good state of this NetworkPolicy stays in force"),
+fn rule(direction: Direction, index: usize, written: &RuleSpec, problems: &mut Vec<Problem>) -> Rule {
+    let field = format!("spec.{direction}[{index}]");
+    let (name, peers, (wrong_name, wrong)) = match direction {
+        Direction::Ingress => ("from", &written.from, ("to", &written.to)),
+        Direction::Egress => ("to", &written.to, ("from", &written.from)),
+    };
+    if !wrong.is_empty() {
+        // Passing it over would leave a rule that names nobody, which allows everybody.
+        problems.push(Problem {
+            reason: "InvalidRule",
+            message: format!(
+                "{field} has {wrong_name:?}, which does not exist in {direction} rules; the rule allows nothing, \
+                 write {name:?}"
+            ),
+        });
+        return Rule { peers: Some(Vec::new()), ports: None };
     }
-}
-
-fn rule(field: &str, written: &RuleSpec, egress: bool, problems: &mut Vec<Problem>) -> Result<Rule, Problem> {
-    let (name, peers) = if egress { ("to", &written.to) } else { ("from", &written.from) };
     let mut list = Vec::with_capacity(peers.len());
     for (index, entry) in peers.iter().enumerate() {
-        let field = format!("{field}.{name}[{index}]");
-        list.extend(peer(&field, entry, problems)?);
+        match peer(entry) {
+            Ok(peer) => list.push(peer),
+            Err(why) => problems.push(Problem {
+                reason: "InvalidPeer",
+                message: format!("{field}.{name}[{index}]{why}; the peer allows nothing, correct it"),
+            }),
+        }
     }
     let peers = (!peers.is_empty()).then_some(list);
     let mut list = Vec::with_capacity(written.ports.len());
@@ -87,50 +104,47 @@ fn rule(field: &str, written: &RuleSpec, egress: bool, problems: &mut Vec<Proble
             }),
         }
     }
-    Ok(Rule { peers, ports: (!written.ports.is_empty()).then_some(list) })
+    Rule { peers, ports: (!written.ports.is_empty()).then_some(list) }
 }
 
-fn peer(field: &str, written: &PeerSpec, problems: &mut Vec<Problem>) -> Result<Option<Peer>, Problem> {
-    let mut refuse = |message: String| {
-        problems.push(Problem {
-            reason: "InvalidPeer",
-            message: format!("{field}{message}; the peer allows nothing, correct it"),
-        });
-        Ok(None)
-    };
+fn peer(written: &PeerSpec) -> Result<Peer, String> {
     if let Some(block) = &written.ip_block {
         if written.pod_selector.is_some() || written.namespace_selector.is_some() {
-            return refuse(" has both ipBlock and a selector".to_owned());
+            return Err(" has both ipBlock and a selector".to_owned());
         }
         let Ok(cidr) = block.cidr.parse::<IpNet>() else {
-            return refuse(format!(".ipBlock.cidr {:?} is not a CIDR", shortened(&block.cidr)));
+            return Err(format!(".ipBlock.cidr {:?} is not a CIDR", shortened(&block.cidr)));
         };
+        let cidr = cidr.trunc();
         let mut except = Vec::with_capacity(block.except.len());
         for text in &block.except {
-            match text.parse::<IpNet>() {
-                Ok(inner) if cidr.contains(&inner) => except.push(inner.trunc()),
-                // Leaving one exception out would allow what its author wanted refused.
-                _ => {
-                    return refuse(format!(".ipBlock.except {:?} is not inside {cidr}", shortened(text)));
+            // Leaving one exception out would allow what its author wanted refused.
+            match text.parse::<IpNet>().map(|inner| inner.trunc()) {
+                Err(_) => return Err(format!(".ipBlock.except {:?} is not a CIDR", shortened(text))),
+                Ok(inner) if inner == cidr => {
+                    return Err(format!(".ipBlock.except {inner} is the whole block, which leaves nothing"));
                 }
+                Ok(inner) if cidr.contains(&inner) => except.push(inner),
+                Ok(inner) => return Err(format!(".ipBlock.except {inner} is not inside {cidr}")),
             }
         }
-        return Ok(Some(Peer::Block { cidr: cidr.trunc(), except }));
+        return Ok(Peer::Block { cidr, except });
     }
-    let part = |name: &str, written: &LabelSelector| {
-        selector(written).map_err(|why| broken_selector(&format!("{field}.{name}"), &why))
+    let part = |name: &str, written: &Option<Box<LabelSelector>>| {
+        let selector = written.as_deref().map(selector).transpose();
+        selector.map_err(|why| format!(".{name}: {why}"))
     };
-    match (&written.namespace_selector, &written.pod_selector) {
-        (None, None) => refuse(" is empty".to_owned()),
-        (namespaces, pods) => Ok(Some(Peer::Pods {
-            namespaces: namespaces.as_deref().map(|s| part("namespaceSelector", s)).transpose()?,
-            pods: pods.as_deref().map(|s| part("podSelector", s)).transpose()?.unwrap_or_default(),
-        })),
+    match (
+        part("namespaceSelector", &written.namespace_selector)?,
+        part("podSelector", &written.pod_selector)?,
+    ) {
+        (None, None) => Err(" is empty".to_owned()),
+        (namespaces, pods) => Ok(Peer::Pods { namespaces, pods: pods.unwrap_or_default() }),
     }
 }
 
 fn policy_port(written: &PolicyPortSpec) -> Result<PolicyPort, String> {
-    let protocol = protocol(&written.protocol)
+    let protocol = policy_protocol(&written.protocol)
         .ok_or_else(|| format!("protocol {:?} is not TCP, UDP or SCTP", shortened(&written.protocol)))?;
     let ports = match (&written.port, written.end_port) {
         (NumberOrName::Absent, None) => PortMatch::Any,

@@ -1,12 +1,13 @@
 //! Every rule of the decoders, on objects as they travel.
 
+use ferroute_policy::{Peer, PortMatch};
 use proptest::prelude::*;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::*;
 use crate::cluster::endpoints::Slice;
-use crate::cluster::network_policy::{NetworkPolicy, Peer, PortMatch};
+use crate::cluster::network_policy::NetworkPolicy;
 use crate::cluster::node::Node;
 use crate::cluster::service::{Service, ServiceType, TrafficPolicy};
 use crate::cluster::wire::*;
@@ -440,7 +441,7 @@ fn pods_keep_what_policy_needs() {
             "initContainers": [{"ports": [{"name": "once", "containerPort": 2}]}, {"restartPolicy": "Always", "ports": [{"name": "side", "containerPort": 3, "protocol": "UDP"}]}]},
         "status": {"phase": "Running", "podIP": "10.1.0.1", "podIPs": [{"ip": "10.1.0.1"}, {"ip": "fd00::1"}, {"ip": "x"}], "conditions": [{"type": "Ready", "status": "True"}]}});
     let Decoded::Ours(Pod { labels, ips, host_network, phase, node, ports, ready, terminating, .. }) =
-        workload::pod(item(value), &mut Pool::default())
+        workload::pod(item(value), &mut workload::Shared::default())
     else {
         panic!()
     };
@@ -460,10 +461,11 @@ fn policy(spec: Value) -> Decoded<NetworkPolicy> {
 
 #[test]
 fn network_policies_narrow_what_they_cannot_read() {
-    let ours = |spec: Value| match policy(spec.clone()) {
+    let decoded = |spec: Value| match policy(spec.clone()) {
         Decoded::Ours(policy) => policy,
         other => panic!("{spec}: {other:?}"),
     };
+    let ours = |spec: Value| decoded(spec).policy;
     let deny = ours(json!({"podSelector": {}}));
     assert_eq!((deny.ingress, deny.egress), (Some(vec![]), None));
     let both = ours(json!({"egress": [{}]}));
@@ -474,29 +476,45 @@ fn network_policies_narrow_what_they_cannot_read() {
     );
     let egress = ours(json!({"policyTypes": ["Egress"], "ingress": [{}]}));
     assert_eq!((egress.ingress, egress.egress), (None, Some(vec![])));
-    let rich = ours(json!({"ingress": [{
-        "from": [{"podSelector": {"matchLabels": {"a": "b"}}}, {"namespaceSelector": {}}, {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}},
-            {}, {"ipBlock": {"cidr": "x"}}, {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"]}}],
-        "ports": [{"port": 80}, {"port": "web", "protocol": "UDP"}, {"port": 1, "endPort": 9}, {"port": 9, "endPort": 1}, {}, {"endPort": 3}],
+    let unknown = decoded(json!({"policyTypes": ["Sideways"]}));
+    assert_eq!((unknown.policy.ingress, unknown.policy.egress), (Some(vec![]), None));
+    assert_eq!(reasons(&unknown.problems), ["UnknownPolicyType"]);
+    let rich = decoded(json!({"ingress": [{
+        "from": [{"podSelector": {"matchLabels": {"a": "b"}}}, {"namespaceSelector": {}}, {"ipBlock": {"cidr": "10.9.0.0/8", "except": ["10.1.0.0/16"]}},
+            {}, {"ipBlock": {"cidr": "x"}}, {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"]}},
+            {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.3.0.0/8"]}}, {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["y"]}},
+            {"podSelector": {"matchExpressions": [{"key": "a", "operator": "In"}]}},
+            {"namespaceSelector": {"matchExpressions": [{"key": "a", "operator": "Near"}]}, "podSelector": {}},
+            {"ipBlock": {"cidr": "10.0.0.0/8"}, "podSelector": {}}],
+        "ports": [{"port": 80}, {"port": "web", "protocol": "UDP"}, {"port": 1, "endPort": 9}, {"port": 9, "endPort": 1}, {}, {"endPort": 3},
+            {"port": "web", "endPort": 3}, {"port": 1, "protocol": "ICMP"}, {"port": 70000}],
     }]}));
-    let rule = &rich.ingress.as_ref().unwrap()[0];
+    let rule = &rich.policy.ingress.as_ref().unwrap()[0];
     let peers = rule.peers.as_ref().unwrap();
     assert_eq!(peers.len(), 3);
     assert!(
         matches!(&peers[1], Peer::Pods { namespaces: Some(n), pods } if n.requirements.is_empty() && pods.requirements.is_empty())
     );
+    assert!(matches!(&peers[2], Peer::Block { cidr, .. } if cidr.to_string() == "10.0.0.0/8"));
     let ports: Vec<_> = rule.ports.as_ref().unwrap().iter().map(|port| port.ports.clone()).collect();
     assert_eq!(
         ports,
         [PortMatch::Range(80, 80), PortMatch::Named("web".into()), PortMatch::Range(1, 9), PortMatch::Any]
     );
-    assert_eq!(
-        reasons(&rich.problems),
-        ["InvalidPeer", "InvalidPeer", "InvalidPeer", "InvalidPort", "InvalidPort"]
-    );
+    let told = |reason: &str| rich.problems.iter().filter(|problem| problem.reason == reason).count();
+    assert_eq!((told("InvalidPeer"), told("InvalidPort"), rich.problems.len()), (8, 5, 13));
+    for (index, part) in [
+        (0, "spec.ingress[0].from[3] is empty"),
+        (2, "except 11.0.0.0/16 is not inside 10.0.0.0/8"),
+        (3, "except 10.0.0.0/8 is the whole block"),
+        (6, "from[9].namespaceSelector: operator \"Near\" is not known"),
+        (8, "ports[3]: 9 to 1 is not a range"),
+        (11, "protocol \"ICMP\" is not TCP, UDP or SCTP"),
+    ] {
+        assert!(rich.problems[index].message.contains(part), "{part}: {:?}", rich.problems[index]);
+    }
     for spec in [
         json!({"podSelector": {"matchExpressions": [{"key": "a", "operator": "Near"}]}}),
-        json!({"ingress": [{"from": [{"podSelector": {"matchExpressions": [{"key": "a", "operator": "In"}]}}]}]}),
         json!({"ingress": 5}),
     ] {
         assert!(matches!(policy(spec.clone()), Decoded::Broken(_)), "{spec}");
@@ -505,6 +523,26 @@ fn network_policies_narrow_what_they_cannot_read() {
     let none = ours(json!({"ingress": [{"from": [{}], "ports": [{"port": 0}]}]}));
     let rule = &none.ingress.as_ref().unwrap()[0];
     assert_eq!((rule.peers.as_deref(), rule.ports.as_deref()), (Some(&[][..]), Some(&[][..])));
+    // Nor does one whose peers stand in the other direction's field.
+    let swapped =
+        decoded(json!({"ingress": [{"to": [{"podSelector": {}}]}, {"from": [{"podSelector": {}}]}]}));
+    let rules = swapped.policy.ingress.as_ref().unwrap();
+    assert_eq!((rules[0].peers.as_deref(), rules[1].peers.as_ref().map(Vec::len)), (Some(&[][..]), Some(1)));
+    assert_eq!(reasons(&swapped.problems), ["InvalidRule"]);
+}
+
+#[test]
+fn a_policy_may_be_as_large_as_the_api_admits() {
+    let expressions: Vec<Value> = (0..100)
+        .map(|n| json!({"key": format!("k{n}"), "operator": "NotIn", "values": (0..20).map(|v| v.to_string()).collect::<Vec<_>>()}))
+        .collect();
+    let rules: Vec<Value> =
+        (0..500).map(|n| json!({"ports": [{"port": n + 1}], "from": [{"podSelector": {"matchExpressions": expressions}}]})).collect();
+    let value = json!({"metadata": {"name": "p".repeat(253), "namespace": "n".repeat(63)}, "spec": {"podSelector": {"matchExpressions": expressions}, "ingress": rules}});
+    let Decoded::Ours(policy) = network_policy::network_policy(item(value)) else { panic!() };
+    assert!(policy.problems.is_empty());
+    assert_eq!(policy.policy.ingress.unwrap().len(), 500);
+    assert_eq!(policy.policy.pod_selector.requirements.len(), 100);
 }
 
 #[test]
@@ -521,7 +559,7 @@ fn selectors_match_as_the_api_says() {
         (json!({"matchExpressions": [{"key": "tier", "operator": "DoesNotExist"}]}), false),
     ] {
         let Decoded::Ours(policy) = policy(json!({"podSelector": selector})) else { panic!("{selector}") };
-        assert_eq!(policy.pod_selector.matches(&labels), expected, "{selector}");
+        assert_eq!(policy.policy.pod_selector.matches(&labels), expected, "{selector}");
     }
 }
 
@@ -622,7 +660,7 @@ proptest! {
             let _ = endpoints::slice(item(value.clone()), &mut endpoints::Shared::default());
             let _ = node::node(item(value.clone()));
             let _ = node::service_cidr(item(value.clone()));
-            let _ = workload::pod(item(value.clone()), &mut Pool::default());
+            let _ = workload::pod(item(value.clone()), &mut workload::Shared::default());
             let _ = workload::namespace(item(value.clone()));
             let _ = network_policy::network_policy(item(value));
         }

@@ -2,12 +2,21 @@
 
 use std::net::IpAddr;
 
-use super::{Decoded, Pool, given, key, port, protocol, usable_address, whole};
+use super::{Decoded, Pool, given, key, policy_protocol, port, usable_address, whole};
 use crate::cluster::wire::{Item, NamespaceObject, PodIp, PodObject};
-use crate::cluster::workload::{ContainerPort, Namespace, Phase, Pod};
+use crate::cluster::workload::{Labels, NamedPort, Namespace, Phase, Pod};
+
+/// What pods share.
+#[derive(Default)]
+pub struct Shared {
+    /// Node names.
+    pub texts: Pool<str>,
+    /// Labels: equal for all pods of a ReplicaSet.
+    labels: Pool<Labels>,
+}
 
 /// Validates a Pod.
-pub fn pod(item: Item<PodObject>, texts: &mut Pool<str>) -> Decoded<Pod> {
+pub fn pod(item: Item<PodObject>, shared: &mut Shared) -> Decoded<Pod> {
     let key = match key(&item.object.metadata).and_then(|key| whole(&item).map(|()| key)) {
         Ok(key) => key,
         Err(problem) => return Decoded::Broken(problem),
@@ -20,9 +29,9 @@ pub fn pod(item: Item<PodObject>, texts: &mut Pool<str>) -> Decoded<Pod> {
         .chain(kept)
         .flat_map(|container| &container.ports)
         .filter_map(|written| {
-            Some(ContainerPort {
+            Some(NamedPort {
                 name: given(&written.name)?.into(),
-                protocol: protocol(&written.protocol)?,
+                protocol: policy_protocol(&written.protocol)?,
                 port: port(written.container_port?)?,
             })
         })
@@ -30,7 +39,7 @@ pub fn pod(item: Item<PodObject>, texts: &mut Pool<str>) -> Decoded<Pod> {
     Decoded::Ours(Pod {
         key,
         uid: metadata.uid.as_str().into(),
-        labels: metadata.labels,
+        labels: shared.labels.share(metadata.labels),
         ips: addresses(&status.pod_ips, &status.pod_ip),
         host_ips: addresses(&status.host_ips, &status.host_ip),
         host_network: spec.host_network.unwrap_or(false),
@@ -41,7 +50,7 @@ pub fn pod(item: Item<PodObject>, texts: &mut Pool<str>) -> Decoded<Pod> {
             "Unknown" => Phase::Unknown,
             _ => Phase::Pending,
         },
-        node: given(&spec.node_name).map(|name| texts.share(name)),
+        node: given(&spec.node_name).map(|name| shared.texts.share(name)),
         ports,
         ready: status.conditions.iter().any(|entry| entry.kind == "Ready" && entry.status == "True"),
         terminating: !metadata.deletion_timestamp.is_empty(),
@@ -51,7 +60,7 @@ pub fn pod(item: Item<PodObject>, texts: &mut Pool<str>) -> Decoded<Pod> {
 /// Validates a Namespace.
 pub fn namespace(item: Item<NamespaceObject>) -> Decoded<Namespace> {
     match key(&item.object.metadata).and_then(|key| whole(&item).map(|()| key)) {
-        Ok(key) => Decoded::Ours(Namespace { name: key.name, labels: item.object.metadata.labels }),
+        Ok(key) => Decoded::Ours(Namespace { name: key.name, labels: item.object.metadata.labels.into() }),
         Err(problem) => Decoded::Broken(problem),
     }
 }
