@@ -83,7 +83,8 @@ fn render(cluster: &Cluster, settings: &Settings) -> String {
     }
 
     let mut text = String::new();
-    let servers: BTreeMap<_, _> = ledger.servers().iter().collect();
+    let servers: BTreeMap<_, _> =
+        ledger.servers().iter().filter(|(_, server)| !server.destinations.is_empty()).collect();
     writeln!(text, "# virtual servers").unwrap();
     for (key, server) in servers {
         let owner = ledger.owner(key).map(|owner| owner.to_string()).unwrap_or_default();

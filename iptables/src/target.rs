@@ -70,6 +70,9 @@ pub enum Target {
 pub enum RejectWith {
     /// ICMP port unreachable.
     PortUnreachable,
+    /// ICMP protocol unreachable. IPv4 only: what says it in IPv6 (a parameter problem) is none of the
+    /// messages that `ip6tables` knows, and the nearest that it does know is sent there.
+    ProtocolUnreachable,
     /// ICMP communication administratively prohibited.
     AdminProhibited,
     /// TCP reset; needs protocol TCP.
@@ -146,7 +149,8 @@ impl RejectWith {
     fn name(self, family: Family) -> &'static str {
         match (self, family) {
             (Self::PortUnreachable, Family::V4) => "icmp-port-unreachable",
-            (Self::PortUnreachable, Family::V6) => "icmp6-port-unreachable",
+            (Self::ProtocolUnreachable, Family::V4) => "icmp-proto-unreachable",
+            (Self::PortUnreachable | Self::ProtocolUnreachable, Family::V6) => "icmp6-port-unreachable",
             (Self::AdminProhibited, Family::V4) => "icmp-admin-prohibited",
             (Self::AdminProhibited, Family::V6) => "icmp6-adm-prohibited",
             (Self::TcpReset, _) => "tcp-reset",

@@ -111,6 +111,7 @@ fn filter_rules(family: Family) -> Vec<Rule> {
         Rule::new(Target::Reject(RejectWith::PortUnreachable))
             .unless(Match::set(set("t-ip"), &[Destination])),
         Rule::new(Target::Reject(RejectWith::AdminProhibited)),
+        Rule::new(Target::Reject(RejectWith::ProtocolUnreachable)).when(Match::Protocol(Protocol::SCTP)),
         Rule::new(Target::Accept)
             .when(Match::set(set("t-port"), &[Destination, Destination]))
             .when(Match::set(set("t-pair"), &[Source, Destination, Destination])),

@@ -28,10 +28,27 @@ struct Draining {
 impl Drains {
     /// What a virtual server must be right now: the wanted one, plus destinations that still drain.
     ///
+    /// `None` where neither is left: IPVS takes the packets of this node's own programs before any rule
+    /// sees them, and refuses by ICMP, which a TCP client gets while its connect() holds the socket: it is
+    /// put aside and the client tries again a second later. Without a virtual server the rules refuse.
+    ///
     /// A virtual server that is not wanted at all goes at once with everything on it. UDP has no
     /// connection to finish, and the `dh` scheduler keeps sending clients to a destination of
     /// weight 0 only to refuse them, so neither drains. `period` is `None` where draining is off.
     pub fn effective(
+        &mut self,
+        key: ipvs::VirtualServerKey,
+        protocol: Option<Protocol>,
+        actual: Option<&Arc<ipvs::VirtualServer>>,
+        wanted: Option<&Arc<ipvs::VirtualServer>>,
+        period: Option<Duration>,
+        now: Instant,
+    ) -> Option<Arc<ipvs::VirtualServer>> {
+        self.with_draining(key, protocol, actual, wanted, period, now)
+            .filter(|server| !server.destinations.is_empty())
+    }
+
+    fn with_draining(
         &mut self,
         key: ipvs::VirtualServerKey,
         protocol: Option<Protocol>,
@@ -193,6 +210,29 @@ mod tests {
         assert!(drains.is_due(&key(), now));
         let done = drains.effective(key(), tcp, Some(&draining), Some(&one), PERIOD, now).unwrap();
         assert_eq!(done, one);
+    }
+
+    #[test]
+    fn a_server_goes_with_its_last_destination_and_not_before() {
+        let mut drains = Drains::default();
+        let now = Instant::now();
+        let one = server(ipvs::Scheduler::RR, &[(1, 1)]);
+        let none = server(ipvs::Scheduler::RR, &[]);
+        for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+            let protocol = Some(protocol);
+            assert_eq!(drains.effective(key(), protocol, None, Some(&none), PERIOD, now), None);
+            assert_eq!(drains.effective(key(), protocol, None, Some(&one), PERIOD, now), Some(one.clone()));
+        }
+        let draining = drains.effective(key(), Some(Protocol::Tcp), Some(&one), Some(&none), PERIOD, now);
+        assert_eq!(weights(draining.as_ref().unwrap()), [("10.0.0.1".into(), 0)]);
+        let later = now + Duration::from_secs(30);
+        assert_eq!(
+            drains.effective(key(), Some(Protocol::Tcp), draining.as_ref(), Some(&none), PERIOD, later),
+            None
+        );
+        assert_eq!(drains.effective(key(), Some(Protocol::Udp), Some(&one), Some(&none), PERIOD, now), None);
+        assert_eq!(drains.effective(key(), Some(Protocol::Tcp), Some(&one), Some(&none), None, now), None);
+        assert!(drains.is_empty());
     }
 
     #[test]

@@ -47,6 +47,8 @@ pub struct Ledger {
     claims: Map<FrontendKey, Vec<(i64, ServiceKey)>>,
     marks: Marks,
     servers: ipvs::Table,
+    /// How many of the servers have a destination.
+    served: usize,
     sets: Sets,
     uses: Map<(SetName, Entry), u32>,
     node_entries: BTreeSet<(SetId, Entry)>,
@@ -134,9 +136,15 @@ impl Ledger {
         }
     }
 
-    /// Desired virtual servers.
+    /// Desired virtual servers, also those of frontends that nobody serves: these are in the kernel only
+    /// while something drains, see [`Drains::effective`](super::drain::Drains::effective).
     pub fn servers(&self) -> &ipvs::Table {
         &self.servers
+    }
+
+    /// How many of [`Ledger::servers`] have a destination.
+    pub fn served(&self) -> usize {
+        self.served
     }
 
     /// Desired sets, of the families given to [`Ledger::new`].
@@ -298,10 +306,13 @@ impl Ledger {
         server: Option<Arc<ipvs::VirtualServer>>,
         touched: &mut Touched,
     ) {
-        match server {
+        let serves = |server: &Arc<ipvs::VirtualServer>| usize::from(!server.destinations.is_empty());
+        self.served += server.as_ref().map_or(0, serves);
+        let before = match server {
             Some(server) => self.servers.insert(key, server),
             None => self.servers.remove(&key),
         };
+        self.served -= before.as_ref().map_or(0, serves);
         touched.servers.insert(key);
     }
 

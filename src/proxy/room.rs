@@ -200,12 +200,12 @@ impl Room {
             // Every stage ran; single objects that the kernel refused are told on the objects and
             // tried again, but do not make the node unready.
             self.schedule.failed(Instant::now());
-            self.shared.passed(started, dirty.since, self.ledger.servers().len(), self.drains.len());
+            self.shared.passed(started, dirty.since, self.ledger.served(), self.drains.len());
         } else if clean {
             let healed: Vec<ServiceKey> = std::mem::take(&mut self.troubled).into_iter().collect();
             self.report(&healed);
             self.schedule.succeeded();
-            self.shared.passed(started, dirty.since, self.ledger.servers().len(), self.drains.len());
+            self.shared.passed(started, dirty.since, self.ledger.served(), self.drains.len());
         } else {
             self.fail(started);
         }

@@ -78,17 +78,19 @@ fn filter(settings: &Settings, family: Family) -> Ruleset {
     if settings.firewall {
         let mut all = icmp_accepts(family);
         all.append(&mut rules);
-        // IPVS itself refuses by ICMP, which a TCP client on this machine gets while its connect() holds
-        // the socket: it is put aside and the client tries again a second later. A reset is not.
         let tcp = || Match::Protocol(Protocol::TCP);
         let reset = || Rule::new(Target::Reject(RejectWith::TcpReset)).when(tcp());
         let opens = Match::TcpFlags { mask: TcpFlags(TcpFlags::SYN.0 | TcpFlags::ACK.0), set: TcpFlags::SYN };
-        all.push(
-            reset()
-                .when(opens)
+        let refusals = [
+            reset().when(opens),
+            Rule::new(Target::Reject(RejectWith::PortUnreachable)).when(Match::Protocol(Protocol::UDP)),
+            refuse_association(family),
+        ];
+        all.extend(refusals.map(|refusal| {
+            refusal
                 .when(is(Role::Unserved, TARGET_PORT))
-                .comment("reject connections to services without endpoints"),
-        );
+                .comment("reject connections to services without endpoints")
+        }));
         all.push(
             Rule::new(Target::Accept)
                 .when(is(Role::VipPorts, TARGET_PORT))
@@ -108,6 +110,19 @@ fn filter(settings: &Settings, family: Family) -> Ruleset {
         jumps.truncate(1);
     }
     Ruleset { chains: BTreeMap::from([(chain(SERVICES), rules)]), jumps }
+}
+
+/// How a new SCTP association is refused. Its client goes on asking after "port unreachable" (RFC 9260
+/// section 10), and only IPv4 has a rule that says "protocol unreachable". In IPv6 the packet is left to
+/// this host: its stack, or the lack of one, answers with ABORT or "unrecognized next header". It is not
+/// accepted, so the host's own rules still guard a daemon that listens on that port of all addresses.
+fn refuse_association(family: Family) -> Rule {
+    let target = match family {
+        Family::V4 => Target::Reject(RejectWith::ProtocolUnreachable),
+        Family::V6 => Target::Return,
+    };
+    // Associations with an endpoint that drains go on.
+    Rule::new(target).when(Match::Protocol(Protocol::SCTP)).when(Match::State(vec![State::New]))
 }
 
 fn icmp_accepts(family: Family) -> Vec<Rule> {

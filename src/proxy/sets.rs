@@ -30,7 +30,7 @@ pub enum Role {
     Marks,
     /// Frontends whose remote clients are dropped for want of a local endpoint.
     DropRemote,
-    /// Frontends that nobody serves: new TCP connections are reset.
+    /// Frontends that nobody serves: new clients are refused.
     Unserved,
     /// Frontends that only some sources may use.
     Guarded,
@@ -138,7 +138,7 @@ pub fn frontend_entries(frontend: &Frontend, mark: Option<u32>) -> Vec<(SetId, E
     }
     if frontend.drop_remote {
         entries.push((set(Role::DropRemote), front, plain));
-    } else if frontend.protocol == Protocol::Tcp && frontend.server.destinations.is_empty() {
+    } else if frontend.server.destinations.is_empty() {
         entries.push((set(Role::Unserved), front, plain));
     }
     if let Some(sources) = &frontend.sources {
