@@ -28,26 +28,25 @@ impl Block<'_> {
 pub(crate) fn entries(blocks: &[Block<'_>], family: Family) -> Vec<(IpNet, bool)> {
     let blocks: Vec<Block<'_>> =
         blocks.iter().copied().filter(|block| Family::of(block.cidr.addr()) == family).collect();
-    let mut entries = Vec::new();
     if blocks.iter().enumerate().any(|(at, block)| clashes(block, at, &blocks)) {
+        let mut entries = Vec::new();
         for block in &blocks {
             cut(block.cidr, block.except, &mut entries);
         }
-        // Pieces inside a piece of another block say nothing new.
-        entries.sort_unstable();
-        entries.dedup();
-        return entries.into_iter().flat_map(halves).map(|net| (net, false)).collect();
+        return distinct(entries.into_iter().flat_map(halves).map(|net| (net, false)).collect());
     }
+    let mut entries = Vec::new();
     for block in &blocks {
-        entries.push(block.cidr);
+        entries.extend(halves(block.cidr).into_iter().map(|net| (net, false)));
+        entries.extend(block.except.iter().copied().flat_map(halves).map(|net| (net, true)));
     }
-    let mut list: Vec<(IpNet, bool)> = entries.into_iter().flat_map(halves).map(|net| (net, false)).collect();
-    for block in &blocks {
-        list.extend(block.except.iter().copied().flat_map(halves).map(|net| (net, true)));
-    }
-    list.sort_unstable();
-    list.dedup();
-    list
+    distinct(entries)
+}
+
+fn distinct(mut entries: Vec<(IpNet, bool)>) -> Vec<(IpNet, bool)> {
+    entries.sort_unstable();
+    entries.dedup();
+    entries
 }
 
 /// Whether an exception of the block, as an exception of the set, would take away what another block
