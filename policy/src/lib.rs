@@ -9,21 +9,27 @@
 //! - [`Policy`], [`Pod`] and their parts: plain input.
 //! - [`Index`]: takes pods, namespaces and policies as they change and keeps the chains and sets of this
 //!   node, reporting what each change touched.
+//! - [`Index::explain`]: what the policies mean for one connection; [`trace()`]: what chains and sets do to
+//!   its first packet. Both must agree, and tests compare them with an oracle written apart.
 //!
 //! Pure: no clock, no IO, no kernel.
 
 mod block;
 mod chain;
 mod definition;
+mod explain;
 mod index;
 mod members;
 mod model;
 mod name;
+mod trace;
 
 pub use chain::{Exempt, Options, ServiceSets, UnknownPods};
+pub use explain::{Explanation, Flow, Side};
 pub use index::{Index, Touched};
 pub use model::{
     Direction, Key, Labels, NamedPort, Peer, Pod, Policy, PolicyPort, PortMatch, Protocol, Requirement, Rule,
     Selector,
 };
 pub use name::{CHAIN_PREFIXES, SET_PREFIXES};
+pub use trace::{Packet, Trace, TraceError, Verdict, trace};
