@@ -489,7 +489,7 @@ impl Index {
                         let addresses: Vec<IpAddr> = pods
                             .iter()
                             .filter_map(|pod| self.pods.get(pod))
-                            .flat_map(|pod| definition::addresses(pod))
+                            .flat_map(definition::addresses)
                             .filter(|ip| Family::of(*ip) == *family)
                             .collect();
                         if addresses.is_empty() {
