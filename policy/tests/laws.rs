@@ -1,6 +1,8 @@
 //! Laws of the index: the order of changes does not matter, touched tells all, and what chains and sets do
 //! to a packet is what the policies mean.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // A failed test may panic anywhere.
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
