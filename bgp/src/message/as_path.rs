@@ -172,13 +172,28 @@ impl AsPath {
         self.0.is_empty()
     }
 
-    #[allow(dead_code, reason = "the codec follows")]
+    /// Puts a sequence into the last segment, if that is a sequence too and has room for all of it.
+    pub(super) fn extend_last_sequence(&mut self, segment: &Segment<'_>) -> bool {
+        let mut head = 0;
+        let mut last = None;
+        for segment in self.segments() {
+            last = Some((head, segment.kind, segment.len()));
+            head += 2 + 4 * segment.len();
+        }
+        let Some((head, SegmentKind::Sequence, length)) = last else { return false };
+        if segment.kind != SegmentKind::Sequence || length + segment.len() > 255 {
+            return false;
+        }
+        self.0[head + 1] += segment.len() as u8;
+        self.0.extend(segment.numbers.as_flattened());
+        true
+    }
+
     /// The attribute's value between four-octet speakers.
     pub(super) fn as_wire(&self) -> &[u8] {
         &self.0
     }
 
-    #[allow(dead_code, reason = "the codec follows")]
     /// A path of bytes known to be whole segments of at least one AS.
     pub(super) fn from_wire(bytes: Vec<u8>) -> Self {
         Self(bytes)

@@ -35,6 +35,26 @@ pub struct Flaw {
     pub reason: Cow<'static, str>,
 }
 
+impl Flaw {
+    /// How many of a message are kept; more say nothing new.
+    pub const KEPT: usize = 16;
+
+    /// Adds a flaw to a list; in a full list it takes a weaker one's place or is left out.
+    pub(super) fn note(
+        flaws: &mut Vec<Self>,
+        attribute: impl Into<Option<u8>>,
+        action: Action,
+        reason: impl Into<Cow<'static, str>>,
+    ) {
+        let flaw = Self { attribute: attribute.into(), action, reason: reason.into() };
+        if flaws.len() < Self::KEPT {
+            flaws.push(flaw);
+        } else if let Some(last) = flaws.last_mut().filter(|last| last.action < action) {
+            *last = flaw;
+        }
+    }
+}
+
 impl fmt::Display for Flaw {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.attribute {
@@ -78,7 +98,6 @@ pub struct SessionReset {
 }
 
 impl SessionReset {
-    #[allow(dead_code, reason = "the codec follows")]
     pub(super) fn new(
         error: NotificationError,
         data: impl Into<Vec<u8>>,

@@ -23,3 +23,25 @@ pub enum RefreshKind {
     /// Any other: to be ignored.
     Other(u8),
 }
+
+impl RefreshKind {
+    /// The kind of a message subtype.
+    pub const fn from_number(number: u8) -> Self {
+        match number {
+            0 => Self::Request,
+            1 => Self::Begin,
+            2 => Self::End,
+            number => Self::Other(number),
+        }
+    }
+
+    /// The message subtype.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Request => 0,
+            Self::Begin => 1,
+            Self::End => 2,
+            Self::Other(number) => number,
+        }
+    }
+}
