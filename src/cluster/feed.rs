@@ -11,7 +11,7 @@ use super::wire::{
     ApiKind, Item, NamespaceObject, NetworkPolicyObject, NodeObject, PodObject, ServiceCidrObject,
     ServiceObject, SliceObject,
 };
-use super::{Cluster, ObjectKey, ServiceKey};
+use super::{Cluster, ObjectKey, ServiceKey, Unreadable};
 use crate::report::Reporter;
 
 /// A kind that can be stored.
@@ -30,6 +30,11 @@ pub trait Stored: ApiKind {
 
     /// Forgets.
     fn forget(key: &ObjectKey, place: &Self::Place, cluster: &Cluster);
+
+    /// The only Service whose endpoints an object may tell, where it can be read that far.
+    fn tells_endpoints_of(_: &Item<Self>) -> Option<ServiceKey> {
+        None
+    }
 }
 
 /// Feeds one kind into the cluster.
@@ -38,6 +43,8 @@ pub struct Feed<T: Stored> {
     reporter: Reporter,
     shared: T::Shared,
     known: HashMap<ObjectKey, T::Place>,
+    /// Those that cannot be parsed and are not known.
+    unreadable: HashSet<ObjectKey>,
     listing: Option<Listing>,
 }
 
@@ -56,6 +63,7 @@ impl<T: Stored> Feed<T> {
             reporter: reporter.room("cluster"),
             shared: T::Shared::default(),
             known: HashMap::new(),
+            unreadable: HashSet::new(),
             listing: None,
         }
     }
@@ -69,8 +77,13 @@ impl<T: Stored> Feed<T> {
     pub fn end_list(&mut self) {
         let Some(listing) = self.listing.take() else { return };
         if !listing.nameless {
-            let gone: Vec<ObjectKey> =
-                self.known.keys().filter(|key| !listing.seen.contains(*key)).cloned().collect();
+            let gone: Vec<ObjectKey> = self
+                .known
+                .keys()
+                .chain(&self.unreadable)
+                .filter(|key| !listing.seen.contains(*key))
+                .cloned()
+                .collect();
             for key in gone {
                 self.delete(&key);
             }
@@ -94,6 +107,7 @@ impl<T: Stored> Feed<T> {
                     && let Some(listing) = &mut self.listing
                 {
                     listing.nameless = true;
+                    self.set_unreadable(ObjectKey::new("", ""), None);
                 }
                 let key = ObjectKey::new(shortened(&metadata.namespace), shortened(&metadata.name));
                 self.reporter.problem(T::KIND.name(), &key, &uid, &problem);
@@ -103,8 +117,11 @@ impl<T: Stored> Feed<T> {
         if let Some(listing) = &mut self.listing {
             listing.seen.insert(key.clone());
         }
+        let unknown = !self.known.contains_key(&key);
+        let service = if unknown { T::tells_endpoints_of(&item) } else { None };
         match T::store(item, &self.cluster, &mut self.shared) {
             Decoded::Ours((place, problems)) => {
+                self.set_readable(&key);
                 if let Some(before) = self.known.insert(key.clone(), place.clone())
                     && before != place
                 {
@@ -115,7 +132,21 @@ impl<T: Stored> Feed<T> {
             Decoded::NotOurs => self.delete(&key),
             Decoded::Broken(problem) => {
                 self.reporter.replace(T::KIND.name(), &key, &uid, &[problem]);
+                if unknown {
+                    self.set_unreadable(key, service);
+                }
             }
+        }
+    }
+
+    fn set_unreadable(&mut self, key: ObjectKey, service: Option<ServiceKey>) {
+        self.cluster.set_unreadable(Unreadable::object(T::KIND, key.clone()), service);
+        self.unreadable.insert(key);
+    }
+
+    fn set_readable(&mut self, key: &ObjectKey) {
+        if self.unreadable.remove(key) {
+            self.cluster.set_readable(&Unreadable::object(T::KIND, key.clone()));
         }
     }
 
@@ -136,6 +167,7 @@ impl<T: Stored> Feed<T> {
         if let Some(place) = self.known.remove(key) {
             T::forget(key, &place, &self.cluster);
         }
+        self.set_readable(key);
         self.reporter.resolved(T::KIND.name(), key);
     }
 }
@@ -182,6 +214,10 @@ impl Stored for SliceObject {
 
     fn forget(key: &ObjectKey, service: &ServiceKey, cluster: &Cluster) {
         cluster.delete_slice(service, &key.name);
+    }
+
+    fn tells_endpoints_of(item: &Item<Self>) -> Option<ServiceKey> {
+        decode::endpoints::service_of(&item.object.metadata)
     }
 }
 

@@ -16,6 +16,7 @@ pub mod network_policy;
 pub mod node;
 pub mod service;
 pub mod source;
+mod unreadable;
 mod watch;
 pub mod wire;
 pub mod workload;
@@ -37,6 +38,7 @@ pub use access::Access;
 pub use health::WatchHealth;
 pub use interests::Interests;
 pub use source::{Error, Source, run};
+pub use unreadable::Unreadable;
 
 /// Namespace and name of an object.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -144,6 +146,9 @@ pub struct State {
     pub network_policies: HashMap<ObjectKey, Arc<NetworkPolicy>>,
     /// Kinds whose first list is complete. No room acts on a kind before that.
     pub listed: BTreeSet<Kind>,
+    /// What cannot be parsed and has no last good state, with the Service whose endpoints alone it
+    /// may tell, where that is known.
+    pub unreadable: BTreeMap<Unreadable, Option<ServiceKey>>,
 }
 
 impl State {
@@ -170,6 +175,8 @@ pub struct Dirty {
     pub network_policies: BTreeSet<ObjectKey>,
     /// Whether a kind finished its first list.
     pub listed: bool,
+    /// Whether [`State::unreadable`] changed.
+    pub unreadable: bool,
     /// When the oldest of these changes was decoded (for latency metrics).
     pub since: Option<Instant>,
 }
@@ -184,6 +191,7 @@ impl Dirty {
             && self.network_policies.is_empty()
             && !self.service_cidrs
             && !self.listed
+            && !self.unreadable
     }
 }
 
@@ -275,6 +283,7 @@ impl Cluster {
             }
             dirty.service_cidrs = wants(Kind::ServiceCidr) && !state.service_cidrs.is_empty();
             dirty.listed = state.listed.iter().any(|kind| wants(*kind));
+            dirty.unreadable = state.unreadable.keys().any(|what| what.kind.is_none_or(wants));
             if !dirty.is_empty() {
                 dirty.since = Some(Instant::now());
             }

@@ -19,6 +19,7 @@ use crate::metrics::{Histogram, escaped, head, line};
 pub(super) struct Numbers {
     pub(super) virtual_servers: AtomicU64,
     pub(super) draining: AtomicU64,
+    pub(super) held: AtomicU64,
     pub(super) drift: AtomicU64,
     pub(super) expired_flows: AtomicU64,
     pub(super) passes: Mutex<Histogram>,
@@ -50,6 +51,12 @@ pub(super) fn write(
         "gauge",
         "Destinations at weight 0 that finish their connections",
         &load(&numbers.draining),
+    );
+    single(
+        "ferroute_proxy_held_objects",
+        "gauge",
+        "Kernel objects, and Services with their endpoints, kept for objects that cannot be read",
+        &load(&numbers.held),
     );
     single(
         "ferroute_proxy_drift_repaired_total",

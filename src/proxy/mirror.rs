@@ -12,6 +12,7 @@ use ipnet::IpNet;
 
 use super::drain::Drains;
 use super::facts::Facts;
+use super::hold::Hold;
 use super::ledger::{Ledger, Touched};
 use crate::cluster::service::Protocol;
 use crate::host::route::{self, Route, RouteChange, RouteKey};
@@ -143,6 +144,7 @@ pub fn diff(
     mirror: &Mirror,
     ledger: &Ledger,
     drains: &mut Drains,
+    hold: &Hold,
     facts: &Facts,
     device: u32,
     scope: &Scope<'_>,
@@ -157,14 +159,18 @@ pub fn diff(
     };
     let mut wanted = ipvs::Table::default();
     for key in &keys {
-        let server = drains.effective(
-            *key,
-            ledger.protocol(key),
-            mirror.servers.get(key),
-            ledger.servers().get(key),
-            period,
-            now,
-        );
+        let server = if hold.keeps_server(key) {
+            mirror.servers.get(key).cloned()
+        } else {
+            drains.effective(
+                *key,
+                ledger.protocol(key),
+                mirror.servers.get(key),
+                ledger.servers().get(key),
+                period,
+                now,
+            )
+        };
         if let Some(server) = &server {
             wanted.insert(*key, server.clone());
         }
@@ -190,6 +196,7 @@ pub fn diff(
             _ => changes.sets_first.push(change),
         }
     }
+    hold.spare_entries(&mut changes.sets_last);
     changes.sets_last.extend(difference.destroy);
 
     changes.routes = match scope {
@@ -212,6 +219,7 @@ pub fn diff(
             route::diff(mirror.routes.values(), desired.values())
         }
     };
+    hold.spare_routes(&mut changes.routes);
     changes
 }
 
@@ -323,7 +331,8 @@ mod tests {
     }
 
     fn compare(mirror: &Mirror, ledger: &Ledger, scope: &Scope<'_>) -> Changes {
-        diff(mirror, ledger, &mut Drains::default(), &fixture::facts(), 7, scope, None, Instant::now())
+        let (drains, hold) = (&mut Drains::default(), &Hold::default());
+        diff(mirror, ledger, drains, hold, &fixture::facts(), 7, scope, None, Instant::now())
     }
 
     proptest! {
@@ -412,7 +421,8 @@ mod tests {
         ledger.put(&key, wanted);
         let mut mirror = Mirror::default();
         let run = |mirror: &Mirror, facts: &Facts, scope: &Scope<'_>| {
-            diff(mirror, &ledger, &mut Drains::default(), facts, 7, scope, None, Instant::now())
+            let (drains, hold) = (&mut Drains::default(), &Hold::default());
+            diff(mirror, &ledger, drains, hold, facts, 7, scope, None, Instant::now())
         };
         let changes = run(&mirror, &single, &Scope::All);
         apply(&mut mirror, &changes);

@@ -16,6 +16,7 @@ use super::drain::Drains;
 use super::error::Error;
 use super::facts::Facts;
 use super::healthcheck::HealthServers;
+use super::hold::{Causes, Hold};
 use super::kernel::Kernel;
 use super::ledger::{Ledger, Touched};
 use super::mirror::{self, Changes, Mirror, Scope};
@@ -52,6 +53,7 @@ pub struct Room {
     ledger: Ledger,
     mirror: Mirror,
     drains: Drains,
+    hold: Hold,
     next_drain_tick: Option<Instant>,
     missing_schedulers: BTreeSet<Box<str>>,
     health_servers: HealthServers,
@@ -95,6 +97,7 @@ impl Room {
             ledger,
             mirror: Mirror::default(),
             drains: Drains::default(),
+            hold: Hold::default(),
             next_drain_tick: None,
             missing_schedulers: BTreeSet::new(),
             health_servers: HealthServers::new(runtime),
@@ -168,11 +171,17 @@ impl Room {
                 self.fail(started);
                 return;
             }
+            self.hold = self.begin_hold();
         }
+        let judge_leftovers = self.adopted && self.update_hold();
         let dirty = std::mem::take(&mut self.pending);
         if !dirty.services.is_empty() {
             worked = true;
             clean &= self.take_services(&dirty);
+        }
+        if judge_leftovers {
+            worked = true;
+            clean &= self.pass(&Scope::All);
         }
         if self.next_drain_tick.is_some_and(|tick| tick <= started) {
             worked = true;
@@ -181,6 +190,7 @@ impl Room {
         if !self.adopted {
             // What was in the kernel before and nobody wants is removed only now that every
             // Service is known.
+            self.keep_leftovers();
             clean &= self.pass(&Scope::All);
             clean &= self.sync_rules(!self.rules_checked);
             // What failed is compared again soon; it does not keep the rest from being adopted.
@@ -281,6 +291,44 @@ impl Room {
         clean
     }
 
+    /// What cannot be read now, as far as it concerns this room.
+    fn causes(&self) -> Causes {
+        Causes::of(&self.subscription.cluster().read(), &self.settings.node_name)
+    }
+
+    fn begin_hold(&self) -> Hold {
+        let causes = self.causes();
+        Hold::begin(causes, &self.subscription.cluster().read(), &self.mirror, &self.facts, &self.settings)
+    }
+
+    fn keep_leftovers(&mut self) {
+        self.hold.keep_leftovers(&self.mirror, &self.ledger, &self.facts, self.kernel.device());
+        if self.hold.is_active() {
+            tracing::warn!(
+                objects = ?self.hold.causes().describe(),
+                kept = self.hold.len(),
+                services = self.hold.services(),
+                "objects cannot be read, and what the kernel holds may be theirs: nothing that this leaves \
+                 without an owner is removed until they are corrected or deleted"
+            );
+        }
+        self.shared.held(self.hold.len() + self.hold.services());
+    }
+
+    /// Takes note of objects that were corrected or deleted; true when leftovers are to be judged.
+    fn update_hold(&mut self) -> bool {
+        if !self.hold.is_active() {
+            return false;
+        }
+        let (mended, over) = self.hold.update(self.causes());
+        self.pending.services.extend(mended);
+        if !self.hold.is_active() {
+            tracing::info!("every object can be read: kernel state without an owner is removed again");
+        }
+        self.shared.held(self.hold.len() + self.hold.services());
+        over
+    }
+
     fn step<'a>(&mut self, keys: impl Iterator<Item = &'a ServiceKey>) -> bool {
         let mut touched = Touched::default();
         let mut changed = Vec::new();
@@ -288,9 +336,11 @@ impl Room {
             let state = {
                 let cluster = self.subscription.cluster().read();
                 cluster.services.get(key).map(|service| {
+                    let readable = cluster.slices.get(key);
+                    let held = self.hold.slices(key, readable);
                     super::desired::desired(
                         service,
-                        cluster.slices.get(key),
+                        held.as_ref().or(readable),
                         &self.facts,
                         &self.settings,
                         &self.missing_schedulers,
@@ -305,6 +355,7 @@ impl Room {
             changed.push(key.clone());
         }
         changed.extend(std::mem::take(&mut touched.services));
+        self.hold.release(&touched, &self.ledger);
         let clean = self.pass(&Scope::Touched(&touched));
         self.sync_health_servers();
         self.report(&changed);
@@ -313,10 +364,27 @@ impl Room {
 
     /// Compares and applies. Returns whether everything asked for is now in the kernel.
     fn pass(&mut self, scope: &Scope<'_>) -> bool {
+        let changes = self.compare(scope);
+        changes.is_empty() || self.apply(changes)
+    }
+
+    /// A pass over everything after the kernel was read back: what differs was not our doing.
+    fn repair(&mut self) -> bool {
+        let changes = self.compare(&Scope::All);
+        if changes.is_empty() {
+            return true;
+        }
+        self.shared.drifted(changes.len());
+        tracing::warn!(changes = changes.len(), "kernel state differed from what was programmed, repairing");
+        self.apply(changes)
+    }
+
+    fn compare(&mut self, scope: &Scope<'_>) -> Changes {
         let changes = mirror::diff(
             &self.mirror,
             &self.ledger,
             &mut self.drains,
+            &self.hold,
             &self.facts,
             self.kernel.device(),
             scope,
@@ -326,17 +394,7 @@ impl Room {
         if !self.drains.is_empty() && self.next_drain_tick.is_none() {
             self.next_drain_tick = Some(Instant::now() + DRAIN_TICK);
         }
-        if changes.is_empty() {
-            return true;
-        }
-        if matches!(scope, Scope::All) && self.adopted {
-            self.shared.drifted(changes.len());
-            tracing::warn!(
-                changes = changes.len(),
-                "kernel state differed from what was programmed, repairing"
-            );
-        }
-        self.apply(changes)
+        changes
     }
 
     fn apply(&mut self, changes: Changes) -> bool {
@@ -526,10 +584,10 @@ impl Room {
         let started = Instant::now();
         let mut clean = true;
         if audit.tables {
-            clean = self.read_kernel() && self.pass(&Scope::All);
+            clean = self.read_kernel() && self.repair();
             self.kernel.prepare(&self.facts);
         } else if audit.routes {
-            clean = self.read_routes() && self.pass(&Scope::All);
+            clean = self.read_routes() && self.repair();
         }
         let cost = started.elapsed();
         self.schedule.tables_cost(cost);
@@ -635,6 +693,7 @@ impl Room {
                         &self.facts,
                         &self.ledger,
                         &mut self.drains,
+                        &self.hold,
                         &mut self.kernel,
                         &self.mirror,
                     );
@@ -662,5 +721,6 @@ fn merge(pending: &mut Dirty, more: Dirty) {
     pending.nodes.extend(more.nodes);
     pending.service_cidrs |= more.service_cidrs;
     pending.listed |= more.listed;
+    pending.unreadable |= more.unreadable;
     pending.since = pending.since.into_iter().chain(more.since).min();
 }

@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::desired::VipKind;
 use super::drain::Drains;
 use super::facts::Facts;
+use super::hold::Hold;
 use super::kernel::Kernel;
 use super::ledger::Ledger;
 use super::mirror::{self, Mirror, Scope};
@@ -33,6 +34,8 @@ pub struct Status {
     pub sets: BTreeMap<String, usize>,
     /// What would be written now to make actual equal desired; empty when they agree.
     pub difference: Vec<String>,
+    /// Objects that cannot be read and for whose sake kernel state of no known owner stays.
+    pub held_for: Vec<String>,
     /// What could not be read.
     pub errors: Vec<String>,
 }
@@ -82,11 +85,13 @@ pub struct DestinationStatus {
 }
 
 impl Status {
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn gather(
         settings: &Settings,
         facts: &Facts,
         ledger: &Ledger,
         drains: &mut Drains,
+        hold: &Hold,
         kernel: &mut Kernel,
         before: &Mirror,
     ) -> Self {
@@ -94,6 +99,7 @@ impl Status {
             node: facts.name.to_string(),
             addresses: facts.ipv4.into_iter().chain(facts.ipv6).collect(),
             ranges: facts.bound_ranges.iter().map(ToString::to_string).collect(),
+            held_for: hold.causes().describe(),
             ..Self::default()
         };
         let actual = match kernel.read(settings, ledger, before) {
@@ -107,6 +113,7 @@ impl Status {
             &actual,
             ledger,
             drains,
+            hold,
             facts,
             kernel.device(),
             &Scope::All,
@@ -225,6 +232,12 @@ impl fmt::Display for Status {
             for problem in &service.problems {
                 writeln!(f, "  problem: {problem}")?;
             }
+        }
+        for object in &self.held_for {
+            writeln!(
+                f,
+                "kept for {object}, which cannot be read: what the kernel held at the start; correct or delete it"
+            )?;
         }
         for error in &self.errors {
             writeln!(f, "error: {error}")?;

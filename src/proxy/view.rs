@@ -71,6 +71,10 @@ impl Shared {
         self.numbers.drift.fetch_add(changes as u64, Ordering::Relaxed);
     }
 
+    pub(super) fn held(&self, count: usize) {
+        self.numbers.held.store(count as u64, Ordering::Relaxed);
+    }
+
     pub(super) fn expired_flows(&self, count: usize) {
         self.numbers.expired_flows.fetch_add(count as u64, Ordering::Relaxed);
     }

@@ -70,6 +70,11 @@ pub fn slice(item: Item<SliceObject>, shared: &mut Shared) -> Decoded<PlacedSlic
     Decoded::Ours(PlacedSlice { key, service, slice: Slice { ports, endpoints }, problems })
 }
 
+/// The Service that a slice says it belongs to, whatever else in it cannot be read.
+pub fn service_of(metadata: &Meta) -> Option<ServiceKey> {
+    Some(ServiceKey::new(metadata.namespace.as_str(), service_name(metadata)?))
+}
+
 /// The label, else the only owner that is a Service, else what the name was generated from.
 fn service_name(metadata: &Meta) -> Option<&str> {
     if let Some(name) = metadata.labels.get(SERVICE_NAME).and_then(|name| given(name)) {

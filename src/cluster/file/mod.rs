@@ -32,7 +32,7 @@ use super::wire::{
     Item, NamespaceObject, NetworkPolicyObject, NodeObject, PodObject, ServiceCidrObject, ServiceObject,
     SliceObject,
 };
-use super::{Cluster, Kind, ObjectKey};
+use super::{Cluster, Kind, ObjectKey, Unreadable};
 use crate::report::Reporter;
 use endpoints::Selecting;
 use parse::Document;
@@ -97,6 +97,8 @@ pub async fn watch(
 #[derive(Default)]
 struct File {
     stamp: Option<Stamp>,
+    /// All of it parsed at least once.
+    known: bool,
     objects: BTreeSet<(Kind, ObjectKey)>,
 }
 
@@ -109,6 +111,7 @@ struct Stamp {
 
 struct Reader {
     folder: PathBuf,
+    cluster: Cluster,
     interests: Interests,
     health: WatchHealth,
     reporter: Reporter,
@@ -120,6 +123,8 @@ struct Reader {
     pods: BTreeMap<ObjectKey, PodObject>,
     /// EndpointSlices that `endpoints` made.
     made: BTreeSet<ObjectKey>,
+    /// Files read as a whole, or gone, in this look.
+    mended: Vec<Unreadable>,
 }
 
 struct Feeds {
@@ -140,6 +145,7 @@ impl Reader {
         }
         Self {
             folder,
+            cluster: cluster.clone(),
             interests: interests.clone(),
             health,
             feeds: Feeds {
@@ -157,6 +163,7 @@ impl Reader {
             selecting: BTreeMap::new(),
             pods: BTreeMap::new(),
             made: BTreeSet::new(),
+            mended: Vec::new(),
         }
     }
 
@@ -197,6 +204,9 @@ impl Reader {
             }
             let problem = Problem { reason: "Unreadable", message };
             self.reporter.replace(REPORTED_AS, &folder_key, "", &[problem]);
+            if first {
+                self.cluster.set_unreadable(Unreadable::manifest(folder_key), None);
+            }
             return true;
         }
         self.reporter.resolved(REPORTED_AS, &folder_key);
@@ -211,7 +221,9 @@ impl Reader {
             if let Some(file) = self.files.remove(&path) {
                 orphans.extend(file.objects);
             }
-            self.reporter.resolved(REPORTED_AS, &self.file_key(&path));
+            let key = self.file_key(&path);
+            self.reporter.resolved(REPORTED_AS, &key);
+            self.mended.push(Unreadable::manifest(key));
             changed = true;
         }
         for object in &orphans {
@@ -243,6 +255,11 @@ impl Reader {
                 self.forget_refused();
             }
             self.make_endpoints();
+        }
+        // Only now that all of it has been taken, made endpoints included.
+        self.mended.push(Unreadable::manifest(folder_key));
+        for what in std::mem::take(&mut self.mended) {
+            self.cluster.set_readable(&what);
         }
         for kind in &self.interests.kinds {
             self.health.received(*kind);
@@ -305,6 +322,13 @@ impl Reader {
         self.reporter.replace(REPORTED_AS, &key, "", &problems);
         let file = self.files.entry(path.to_owned()).or_default();
         file.stamp = Some(stamp);
+        let what = Unreadable::manifest(key);
+        if whole {
+            file.known = true;
+            self.mended.push(what);
+        } else if !file.known {
+            self.cluster.set_unreadable(what, None);
+        }
         let missing: Vec<_> = file.objects.difference(&objects).cloned().collect();
         if whole {
             file.objects = objects;

@@ -1,0 +1,194 @@
+//! What a restart must not lose: state of objects that broke while the daemon was away.
+//!
+//! Run it through `scripts/lab`; elsewhere it fails and says what the kernel lacks.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod lab;
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use ferroute_kit::assert::{eventually, throughout};
+use ferroute_kit::{Cluster, Daemon, KernelSnapshot, Load, Netns, Protocol, Reply, serial};
+use lab::*;
+use serde_json::{Value, json};
+
+fn at(ip: IpAddr, port: u16) -> SocketAddr {
+    SocketAddr::new(ip, port)
+}
+
+fn status(lab: &Lab) -> Value {
+    let socket = format!("--admin-socket={}", lab.admin_socket(lab.node(1)));
+    let text = lab.node(1).exec(PROGRAM, &["status", &socket, "--output", "json"]).unwrap();
+    serde_json::from_str::<Value>(&text).unwrap()["services"].take()
+}
+
+fn answers(from: &Netns, to: SocketAddr, pod: &str) {
+    for protocol in Protocol::ALL {
+        assert_eq!(ask(from, protocol, to, "still served").pod, pod);
+    }
+}
+
+#[test]
+fn objects_that_broke_while_the_daemon_was_away_keep_what_they_had() {
+    let _serial = serial();
+    let mut lab =
+        Lab::start(Cluster::builder().nodes(1).pods_per_node(3), &["--ipvs-graceful-termination=false"]);
+    let [one, two] = ["p1-1", "p1-2"].map(|name| Endpoint::of(lab.pod(name)));
+    let spec = json!({"type": "NodePort", "ports": node_ports(30010), "externalTrafficPolicy": "Local"});
+    lab.put_service(&service("web", 10, spec.clone()));
+    lab.put_slices("web", std::slice::from_ref(&one));
+    lab.put_service(&service("sliced", 11, json!({})));
+    lab.put_slices("sliced", std::slice::from_ref(&one));
+    lab.put_service(&service("old", 12, json!({})));
+    lab.put_slices("old", std::slice::from_ref(&one));
+    for number in [10, 11, 12] {
+        for vip in vips(number) {
+            for protocol in Protocol::ALL {
+                wait_destinations(lab.node(1), protocol, at(vip, 80), 1);
+            }
+        }
+    }
+    let before = KernelSnapshot::settled(lab.node(1), SOON).unwrap();
+    let load =
+        Load::start(lab.pod("p1-3").netns(), Protocol::Tcp, at(vips(10)[0], 80), 1, Duration::from_millis(5))
+            .unwrap();
+    assert!(lab.daemons[0].terminate(SOON).unwrap().success());
+    lab.put_service(&service("web", 10, json!({"ports": "eighty", "clusterIPs": {"a": "b"}})));
+    for ipv6 in [false, true] {
+        let mut garbage = slice("sliced", ipv6, &[]);
+        garbage["endpoints"] = json!("none");
+        lab.put_slice(&garbage);
+    }
+    lab.remove_service("old");
+    lab.daemons[0].start().unwrap();
+    lab.daemons[0].wait_ready(SOON).unwrap();
+    throughout("nothing is lost", Duration::from_millis(1500), || {
+        let difference = before.difference(&KernelSnapshot::take(lab.node(1)).unwrap());
+        if difference.is_empty() { Ok(()) } else { Err(difference.join("\n")) }
+    });
+    for number in [10, 11, 12] {
+        for vip in vips(number) {
+            answers(lab.pod("p1-3").netns(), at(vip, 80), "p1-1");
+        }
+    }
+    for own in &lab.node(1).ips {
+        answers(&lab.cluster.client, at(*own, 30010), "p1-1");
+    }
+    let said = status(&lab);
+    assert_eq!(
+        said["heldFor"],
+        json!(["Service default/web", "EndpointSlice default/sliced-4", "EndpointSlice default/sliced-6"]),
+        "{said}"
+    );
+    assert_eq!(said["difference"], json!([]), "{said}");
+    assert!(lab.metric(1, "ferroute_proxy_held_objects") > 10.0);
+    let log = lab.daemons[0].log().join("\n");
+    assert!(log.contains("objects cannot be read") && log.contains("Service default/web"), "{log}");
+    assert_eq!(lab.metric(1, "ferroute_proxy_drift_repaired_total"), 0.0);
+    // The Service is mended, and says something else by now: what it had, and what nobody asks for, goes.
+    lab.put_slices("web", std::slice::from_ref(&two));
+    lab.put_service(&service("web", 10, json!({})));
+    for vip in vips(10) {
+        eventually("its new endpoint", SOON, || match lab.pod("p1-3").tcp(at(vip, 80)).pod() {
+            Some("p1-2") => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+    }
+    for own in lab.node(1).ips.clone() {
+        wait_gone(lab.node(1), Protocol::Tcp, at(own, 30010));
+    }
+    for vip in vips(12) {
+        wait_gone(lab.node(1), Protocol::Tcp, at(vip, 80));
+    }
+    for vip in vips(11) {
+        answers(lab.pod("p1-3").netns(), at(vip, 80), "p1-1");
+    }
+    // The slices are mended one after the other.
+    for (ipv6, vip) in [false, true].into_iter().zip(vips(11)) {
+        lab.put_slice(&slice("sliced", ipv6, std::slice::from_ref(&two)));
+        eventually("its new endpoint", SOON, || match lab.pod("p1-3").tcp(at(vip, 80)).pod() {
+            Some("p1-2") => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+    }
+    eventually("nothing is kept", SOON, || {
+        let said = status(&lab);
+        if said["heldFor"] == json!([]) && said["difference"] == json!([]) {
+            Ok(())
+        } else {
+            Err(said.to_string())
+        }
+    });
+    assert_eq!(lab.metric(1, "ferroute_proxy_held_objects"), 0.0);
+    let tally = load.stop();
+    println!("through all of it: {tally}");
+    assert_eq!(tally.failed, 0, "{tally}");
+    // Deleted instead of mended.
+    lab.daemons[0].kill().unwrap();
+    lab.put_service(&service("web", 10, json!({"ports": "eighty"})));
+    lab.daemons[0].start().unwrap();
+    lab.daemons[0].wait_ready(SOON).unwrap();
+    answers(lab.pod("p1-3").netns(), at(vips(10)[1], 80), "p1-2");
+    lab.remove_service("web");
+    for vip in vips(10) {
+        for protocol in Protocol::ALL {
+            wait_gone(lab.node(1), protocol, at(vip, 80));
+        }
+        let reply = lab.pod("p1-3").tcp(at(vip, 80));
+        assert_eq!(reply, Reply::Refused);
+    }
+    assert_eq!(lab.metric(1, "ferroute_proxy_pass_failures_total"), 0.0);
+}
+
+#[test]
+fn a_manifest_that_broke_while_the_daemon_was_away_keeps_what_it_had() {
+    let _serial = serial();
+    let cluster = Cluster::builder().nodes(1).pods_per_node(2).pod_ports(POD_PORTS).build().unwrap();
+    let node = &cluster.nodes[0];
+    let folder = std::env::temp_dir().join(format!("ferroute-{}-restart", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let write = |name: &str, items: &[Value]| {
+        let text = json!({"apiVersion": "v1", "kind": "List", "items": items}).to_string();
+        std::fs::write(folder.join(name), &text).unwrap();
+        text
+    };
+    let files = |number: u8| {
+        let endpoints = [Endpoint::of(&cluster.pods[0])];
+        let slices = [false, true].map(|ipv6| slice("web", ipv6, &endpoints));
+        [service("web", number, json!({}))].into_iter().chain(slices).collect::<Vec<_>>()
+    };
+    write("node.yaml", &[node.object()]);
+    let good = write("web.yaml", &files(10));
+    let manifests = format!("--manifests={}", folder.display());
+    let mut daemon = Daemon::ferroute(node, PROGRAM, &[&manifests]).unwrap();
+    daemon.wait_ready(SOON).unwrap();
+    for vip in vips(10) {
+        wait_destinations(node, Protocol::Sctp, at(vip, 80), 1);
+    }
+    let before = KernelSnapshot::settled(node, SOON).unwrap();
+    daemon.kill().unwrap();
+    std::fs::write(folder.join("web.yaml"), &good[..good.len() / 2]).unwrap();
+    daemon.start().unwrap();
+    daemon.wait_ready(SOON).unwrap();
+    std::thread::sleep(Duration::from_millis(1200));
+    before.assert_same(&KernelSnapshot::take(node).unwrap(), "after a start with half a file");
+    for vip in vips(10) {
+        answers(cluster.pods[1].netns(), at(vip, 80), "p1-1");
+    }
+    write("web.yaml", &files(11));
+    for vip in vips(11) {
+        wait_destinations(node, Protocol::Tcp, at(vip, 80), 1);
+        answers(cluster.pods[1].netns(), at(vip, 80), "p1-1");
+    }
+    wait_gone(node, Protocol::Tcp, at(vips(10)[0], 80));
+    // Broken once more, and this time deleted.
+    daemon.kill().unwrap();
+    std::fs::write(folder.join("web.yaml"), "apiVersion: v1\nkind: [[[\n").unwrap();
+    daemon.start().unwrap();
+    daemon.wait_ready(SOON).unwrap();
+    answers(cluster.pods[1].netns(), at(vips(11)[0], 80), "p1-1");
+    std::fs::remove_file(folder.join("web.yaml")).unwrap();
+    wait_gone(node, Protocol::Tcp, at(vips(11)[0], 80));
+    std::fs::remove_dir_all(folder).unwrap();
+}
