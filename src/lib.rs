@@ -18,6 +18,7 @@ pub mod capabilities;
 pub mod chains;
 pub mod cleanup;
 pub mod cluster;
+pub mod cni;
 pub mod config;
 pub mod daemon;
 pub mod duration;

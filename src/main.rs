@@ -1,13 +1,19 @@
 //! The `ferroute` program: command line in, exit code out. 0 is success, 1 an error at start or
-//! while running, 2 a wrong command line.
+//! while running, 2 a wrong command line. Called by a container runtime it is a CNI plugin.
 
+use std::ffi::OsString;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use ferroute::config::{self, Command, Environment};
-use ferroute::{admin, cleanup, daemon, log, supervise};
+use ferroute::{admin, cleanup, cni, daemon, log, supervise};
 
 fn main() -> ExitCode {
+    // First and with nothing set up: a pod waits for it.
+    if is_plugin_call(&std::env::args_os().collect::<Vec<_>>()) {
+        return run_plugin();
+    }
     let environment = Environment {
         node_name: std::env::var("NODE_NAME").ok(),
         host_name: nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()),
@@ -29,10 +35,36 @@ fn main() -> ExitCode {
     }
 }
 
+/// Runtimes call plugins by file name, with a variable and without arguments.
+fn is_plugin_call(words: &[OsString]) -> bool {
+    let name = words.first().and_then(|word| Path::new(word).file_name()).unwrap_or_default();
+    match words.get(1..).unwrap_or_default() {
+        [] => name == cni::PLUGIN || std::env::var_os("CNI_COMMAND").is_some(),
+        [only] => only == "cni",
+        _ => false,
+    }
+}
+
+fn run_plugin() -> ExitCode {
+    let outcome = cni::plugin::run(&cni::plugin::Environment::of_process(), std::io::stdin().lock());
+    let mut out = std::io::stdout().lock();
+    let written = out.write_all(outcome.output.as_bytes()).and_then(|()| out.flush());
+    if outcome.failed || written.is_err() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
 fn execute(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Print(text) => print(&text),
         Command::Status { socket, output } => print(&line(admin::ask_status(&socket, output)?)),
+        Command::CniInstall(install) => print(&cni::install::install(&install)?),
+        Command::CniUninstall { conf_dir, bin_dir } => {
+            let outcome = cni::install::uninstall(&conf_dir, &bin_dir, false);
+            print(&outcome.text())?;
+            for failure in &outcome.failures {
+                eprintln!("ferroute: {failure}");
+            }
+            Ok(if outcome.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
         Command::Plan { config, output } => {
             log::start(config.log)?;
             print(&line(daemon::plan(*config, output)?))

@@ -199,3 +199,92 @@ fn status_without_a_daemon_says_so_once() {
     assert!(seen.err.contains("is the daemon running here, and are you root?"), "{}", seen.err);
     assert_eq!(seen.err.matches("No such file").count(), 1, "{}", seen.err);
 }
+
+/// As a container runtime calls it: without arguments, by variables and standard input.
+fn plugin(program: &Path, words: &[&str], environment: &[(&str, &str)], input: &str) -> Seen {
+    use std::io::Write;
+    let mut child = Command::new(program)
+        .args(words)
+        .env_clear()
+        .envs(environment.iter().copied())
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Ten megabytes are not read to the end.
+    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+    let output = child.wait_with_output().unwrap();
+    Seen {
+        code: output.status.code().expect("ended by a signal"),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+#[test]
+fn it_is_a_cni_plugin_under_every_name_a_runtime_may_use() {
+    let folder = Folder::new("plugin");
+    let (installed, other) = (PathBuf::from(folder.path("ferroute-cni")), PathBuf::from(folder.path("x")));
+    for path in [&installed, &other] {
+        std::os::unix::fs::symlink(BINARY, path).unwrap();
+    }
+    let binary = Path::new(BINARY);
+    let version = [("CNI_COMMAND", "VERSION")];
+    for (program, words) in [(&*installed, &[][..]), (&*other, &[]), (binary, &[]), (binary, &["cni"])] {
+        let seen = plugin(program, words, &version, "{\"cniVersion\":\"1.0.0\"}");
+        assert_eq!((seen.code, &*seen.err), (0, ""), "{}", seen.out);
+        assert!(seen.out.contains("\"1.1.0\"]"), "{}", seen.out);
+    }
+    // By hand and without a command it says what it is, in the form runtimes read.
+    for (program, words) in [(&*installed, &[][..]), (binary, &["cni"])] {
+        let seen = plugin(program, words, &[], "");
+        assert_eq!((seen.code, &*seen.err), (1, ""));
+        let error: serde_json::Value = serde_json::from_str(&seen.out).unwrap();
+        assert_eq!(error["code"], 4);
+        assert!(error["msg"].as_str().unwrap().contains("ferroute cni install"), "{error}");
+    }
+    let add = [
+        ("CNI_COMMAND", "ADD"),
+        ("CNI_CONTAINERID", "c1"),
+        ("CNI_NETNS", "/n"),
+        ("CNI_IFNAME", "eth0"),
+        ("CNI_ARGS", "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart"),
+    ];
+    let conf = format!(
+        "{{\"cniVersion\":\"1.0.0\",\"name\":\"n\",\"socket\":{:?},\"timeout\":\"200ms\",\"prevResult\":{{\"ips\":[{{\"address\":\"10.0.0.2/24\"}}]}}}}",
+        folder.path("cni.sock")
+    );
+    let seen = plugin(&installed, &[], &add, &conf);
+    assert_eq!((seen.code, &*seen.err), (1, ""));
+    assert!(seen.out.contains("\"code\":11") && seen.out.contains("pod shop/cart"), "{}", seen.out);
+    let seen = plugin(&installed, &[], &add, &"x".repeat(10 << 20));
+    assert_eq!((seen.code, seen.out.contains("\"code\":6")), (1, true), "{}", seen.out);
+}
+
+#[test]
+fn the_cni_plugin_goes_onto_a_host_and_off_it() {
+    let folder = Folder::new("install");
+    let list = "{\"cniVersion\":\"0.3.0\",\"name\":\"mynet\",\"plugins\":[{\"type\":\"bridge\"},{\"type\":\"portmap\"}]}";
+    let conf = folder.path("net.d");
+    std::fs::create_dir(&conf).unwrap();
+    let file = folder.write("net.d/10-kuberouter.conflist", list);
+    let (conf, bin) = (format!("--conf-dir={conf}"), format!("--bin-dir={}", folder.path("bin")));
+    let seen = ferroute(&["cni", "install", &conf, &bin]);
+    assert_eq!(seen.code, 0, "{}", seen.err);
+    assert!(seen.out.contains("wrote") && seen.out.contains("put CNI plugin"), "{}", seen.out);
+    let own = PathBuf::from(folder.path("bin/ferroute-cni"));
+    assert_eq!(plugin(&own, &[], &[("CNI_COMMAND", "VERSION")], "").code, 0);
+    assert!(std::fs::read_to_string(&file).unwrap().contains("ferroute-cni"));
+    let seen = ferroute(&["cni", "install", &conf, &bin]);
+    assert_eq!((seen.code, seen.out.matches("unchanged:").count()), (0, 2), "{}", seen.out);
+    let seen = ferroute(&["cni", "uninstall", &conf, &bin]);
+    assert_eq!(seen.code, 0, "{}", seen.err);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), list);
+    assert!(!own.exists());
+    let seen = ferroute(&["cni", "uninstall", &conf, &bin]);
+    assert_eq!((seen.code, &*seen.out), (0, "CNI plugin ferroute-cni is not installed\n"));
+    std::fs::remove_file(&file).unwrap();
+    let seen = ferroute(&["cni", "install", &conf, &bin]);
+    assert!(seen.code == 1 && seen.err.contains("install the cluster's pod network first"), "{}", seen.err);
+}

@@ -186,6 +186,10 @@ pub(super) const FLAGS: &[Flag] = &[
     flag(Proxy, "strict-external-ip-validation", Switch, "true",
         "Refuse external and load-balancer IPs outside their ranges"),
 
+    flag(Policy, "cni-conf-dir", Text, "",
+        "Keep the CNI plugin in the network configuration of this folder, such as /etc/cni/net.d; empty leaves it alone").asking(),
+    flag(Policy, "cni-socket", Text, crate::cni::SOCKET,
+        "Unix socket of the CNI plugin; root only; empty turns it off"),
     flag(Policy, "iptables-sync-period", Duration, "5m0s",
         "Period of the full policy audit"),
     flag(Policy, "netpol-default-deny", Switch, "false",

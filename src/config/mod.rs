@@ -9,6 +9,7 @@
 //! [`Config`] and collects every mistake on the way.
 
 mod check;
+mod cni;
 mod command_line;
 mod flags;
 
@@ -22,6 +23,7 @@ use std::time::Duration;
 use command_line::Stop;
 use flags::{Flag, Kind, Room};
 
+use crate::cni::install::Install;
 use crate::proxy::settings::Settings;
 
 /// What the user wants done.
@@ -49,6 +51,15 @@ pub enum Command {
         socket: PathBuf,
         /// How to print it.
         output: Output,
+    },
+    /// `ferroute cni install`: the CNI plugin onto this host.
+    CniInstall(Install),
+    /// `ferroute cni uninstall`: the CNI plugin off this host.
+    CniUninstall {
+        /// Where the network configuration is.
+        conf_dir: PathBuf,
+        /// Where plugins are.
+        bin_dir: PathBuf,
     },
     /// `--help` or `--version`: text for standard output.
     Print(String),
@@ -174,7 +185,9 @@ impl std::error::Error for Mistakes {}
 const ABOUT: &str = "One Kubernetes node network agent: Services through IPVS.\n\n\
     ferroute [FLAGS]          run the daemon (as root)\n\
     ferroute status [FLAGS]   what the running daemon wants, what the kernel has, the difference\n\
-    ferroute plan [FLAGS]     what a daemon with these flags would change; writes nothing\n\n\
+    ferroute plan [FLAGS]     what a daemon with these flags would change; writes nothing\n\
+    ferroute cni install      the CNI plugin onto this host: pods start when their policy is in force\n\
+    ferroute cni uninstall    the CNI plugin off this host\n\n\
     Flags are compatible with kube-router's. Durations are Go's (1m30s), lists go by comma or repetition.";
 
 const OUTPUT: Flag = Flag {
@@ -211,6 +224,7 @@ pub fn parse(words: Vec<OsString>, environment: &Environment) -> Result<Command,
             let output = check::output(&given)?;
             Ok(Command::Plan { config: Box::new(check::config(&given, environment)?), output })
         }),
+        Some("cni") => cni::command(words.into_iter().skip(1).collect()),
         _ => command_line::read("ferroute", ABOUT, |_| true, &[], words)
             .and_then(|given| check::command(&given, environment)),
     };

@@ -118,7 +118,7 @@ const OTHER_DEFAULTS: &[(&str, &str)] =
     &[("health-addr", "127.0.0.1"), ("ipvs-graceful-termination", "true")];
 
 /// Flags that kube-router does not have.
-const OURS: &[&str] = &["admin-socket", "dry-run", "log-format", "manifests"];
+const OURS: &[&str] = &["cni-conf-dir", "cni-socket", "admin-socket", "dry-run", "log-format", "manifests"];
 
 #[test]
 fn every_flag_of_kube_router_exists_with_its_kind_and_default() {
@@ -603,5 +603,50 @@ proptest::proptest! {
     #[test]
     fn no_command_line_panics(words in proptest::collection::vec("-{0,2}[a-z]{0,3}(master|v|run-router|peer-router-ips|excluded-cidrs|health-addr)?=?\\PC{0,8}", 0..5)) {
         let _ = parse(words.into_iter().map(OsString::from).collect(), &environment());
+    }
+}
+
+#[test]
+fn the_cni_plugin_is_installed_and_uninstalled_by_name() {
+    use crate::cni::install::Install;
+    let install = |line: &str| match parse_line(line) {
+        Ok(Command::CniInstall(install)) => install,
+        other => panic!("{line:?} gave {other:?}"),
+    };
+    let (conf, bin) = (PathBuf::from("/etc/cni/net.d"), PathBuf::from("/opt/cni/bin"));
+    let defaults =
+        Install { conf_dir: Some(conf.clone()), bin_dir: bin.clone(), settings: Default::default() };
+    assert_eq!(install("cni install"), defaults);
+    let chosen = install(
+        "cni install --conf-dir= --bin-dir=/b --cni-socket=/run/x.sock --timeout=9s --when-unavailable=allow",
+    );
+    assert_eq!((chosen.conf_dir, chosen.bin_dir), (None, PathBuf::from("/b")));
+    let settings = serde_json::json!({"socket": "/run/x.sock", "timeout": "9s", "whenUnavailable": "allow"});
+    assert_eq!(serde_json::Value::from(chosen.settings), settings);
+    match parse_line("cni uninstall --conf-dir /c") {
+        Ok(Command::CniUninstall { conf_dir, bin_dir }) => {
+            assert_eq!((conf_dir, bin_dir), (PathBuf::from("/c"), bin));
+        }
+        other => panic!("{other:?}"),
+    }
+    for (line, part) in [
+        ("cni remove", "cni uninstall"),
+        ("cni install --timeout=5", "100ms"),
+        ("cni install --when-unavailable=maybe", "deny"),
+        ("cni install --bin-dir=relative", "absolute"),
+        ("cni install --cni-socket=", "needs the daemon's socket"),
+        ("cni install --master=x", "--master"),
+        ("cni uninstall --timeout=5s", "--timeout"),
+    ] {
+        let (_, text) = refused(line);
+        assert!(text.contains(part), "{line}: {text}");
+    }
+    match parse_line("cni install --help") {
+        Ok(Command::Print(text)) => {
+            for part in ["--conf-dir", "--bin-dir", "--cni-socket", "--when-unavailable"] {
+                assert!(text.contains(part), "{text}");
+            }
+        }
+        other => panic!("{other:?}"),
     }
 }
