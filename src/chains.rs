@@ -1,10 +1,11 @@
 //! A room's chains in the kernel: one iptables command per family, and what is known to be there.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use ferroute_iptables::{
-    ChainChanges, Command, Error, Family, Found, Ours, Plan, Removal, Ruleset, TableName, Variant, plan,
-    plan_chains, remove,
+    ChainChanges, ChainName, Command, Error, Family, Found, Ours, Plan, PlanError, Removal, Ruleset,
+    TableName, Variant, plan, plan_chains, remove,
 };
 
 use crate::cleanup::Cleanup;
@@ -20,6 +21,18 @@ pub struct Chains {
     known: BTreeMap<(Family, TableName), Ruleset>,
     /// The same tables as the kernel holds them, for changes of single chains.
     found: BTreeMap<(Family, TableName), Found>,
+    runs: Vec<Run>,
+}
+
+/// One run of a program, for metrics.
+#[derive(Clone, Copy, Debug)]
+pub struct Run {
+    /// Of which family.
+    pub family: Family,
+    /// Whether it wrote (restore) or read (save).
+    pub wrote: bool,
+    /// How long it took.
+    pub time: Duration,
 }
 
 impl Chains {
@@ -53,7 +66,13 @@ impl Chains {
                 Err(error) => return Err(error),
             }
         }
-        Ok(Self { commands, ours: Ours::new(prefixes), known: BTreeMap::new(), found: BTreeMap::new() })
+        Ok(Self {
+            commands,
+            ours: Ours::new(prefixes),
+            known: BTreeMap::new(),
+            found: BTreeMap::new(),
+            runs: Vec::new(),
+        })
     }
 
     /// Makes the chains right; returns how many tables were not. With `check` they are read back,
@@ -116,12 +135,9 @@ impl Chains {
     pub fn settle(&mut self, family: Family, table: TableName, wanted: &Ruleset) -> Result<Plan, Error> {
         let Some(command) = self.commands.get(&family) else { return Ok(Plan::default()) };
         self.found.remove(&(family, table));
-        let mut found = command.read(table, &self.ours)?;
+        let found = timed(&mut self.runs, family, false, || command.read(table, &self.ours))?;
         let plan = plan(&found, wanted, &self.ours, family)?;
-        command.write(table, &plan)?;
-        found.note(&plan);
-        self.found.insert((family, table), found);
-        Ok(plan)
+        self.write(family, table, found, plan)
     }
 
     /// Changes single chains of one table, in one atomic step. Nothing is read: what the last
@@ -134,15 +150,44 @@ impl Chains {
         changes: &ChainChanges,
     ) -> Result<Plan, Error> {
         let Some(command) = self.commands.get(&family) else { return Ok(Plan::default()) };
-        let mut found = match self.found.remove(&(family, table)) {
+        let found = match self.found.remove(&(family, table)) {
             Some(found) => found,
-            None => command.read(table, &self.ours)?,
+            None => timed(&mut self.runs, family, false, || command.read(table, &self.ours))?,
         };
         let plan = plan_chains(&found, changes, &self.ours, family)?;
-        command.write(table, &plan)?;
+        self.write(family, table, found, plan)
+    }
+
+    fn write(
+        &mut self,
+        family: Family,
+        table: TableName,
+        mut found: Found,
+        plan: Plan,
+    ) -> Result<Plan, Error> {
+        if let Some(command) = self.commands.get(&family)
+            && !plan.is_empty()
+        {
+            timed(&mut self.runs, family, true, || command.write(table, &plan))?;
+        }
         found.note(&plan);
         self.found.insert((family, table), found);
         Ok(plan)
+    }
+
+    /// What would make a table that was read hold what is wanted.
+    pub fn plan(&self, found: &Found, wanted: &Ruleset, family: Family) -> Result<Plan, PlanError> {
+        plan(found, wanted, &self.ours, family)
+    }
+
+    /// Whether a chain was in the kernel when its table was last read or written.
+    pub fn is_known(&self, family: Family, table: TableName, chain: ChainName) -> bool {
+        self.found.get(&(family, table)).is_some_and(|found| found.chains.contains_key(&chain))
+    }
+
+    /// The runs of programs since this was last asked.
+    pub fn take_runs(&mut self) -> Vec<Run> {
+        std::mem::take(&mut self.runs)
     }
 
     /// What one table holds of ours now.
@@ -162,6 +207,18 @@ impl Chains {
         let commands: Vec<Command> = self.commands.values().cloned().collect();
         remove(&commands, &self.ours, None, dry_run)
     }
+}
+
+fn timed<T>(
+    runs: &mut Vec<Run>,
+    family: Family,
+    wrote: bool,
+    run: impl FnOnce() -> Result<T, Error>,
+) -> Result<T, Error> {
+    let started = Instant::now();
+    let outcome = run();
+    runs.push(Run { family, wrote, time: started.elapsed() });
+    outcome
 }
 
 /// Takes chains of ours and the jumps to them out of every table, in both variants: the host may

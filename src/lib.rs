@@ -5,6 +5,8 @@
 //! - [`cluster`]: what the API server (or a folder of YAML) says, as trimmed values of our own;
 //!   every change names the keys it touches and wakes the rooms that read them.
 //! - [`proxy`]: Services to IPVS virtual servers, sets, local routes and the proxy firewall.
+//! - [`netpol`]: NetworkPolicies to iptables chains and sets.
+//! - [`chains`], [`schedule`]: what every room that writes the kernel shares.
 //! - [`host`]: this machine's kernel: links, routes, sysctls, conntrack; dump and apply only.
 //! - [`config`]: the command line, as typed values.
 //! - [`daemon`]: the composition of the rooms; start and stop. Around it [`supervise`] (named tasks),
@@ -27,6 +29,7 @@ pub mod host;
 pub mod http;
 pub mod log;
 pub mod metrics;
+pub mod netpol;
 pub mod proxy;
 pub mod report;
 pub mod schedule;

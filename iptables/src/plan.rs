@@ -105,7 +105,7 @@ pub fn plan(found: &Found, wanted: &Ruleset, ours: &Ours, family: Family) -> Res
     plan.lines.append(&mut rules);
 
     let mut by_chain: BTreeMap<&'static str, Vec<&Jump>> = BTreeMap::new();
-    for from in BUILTINS {
+    for from in Builtin::ALL {
         let jumps: Vec<&Jump> = wanted.jumps.iter().filter(|jump| jump.from == from).collect();
         if !jumps.is_empty() || found.jumps.contains_key(from.name()) {
             by_chain.insert(from.name(), jumps);
@@ -166,11 +166,8 @@ impl Found {
     }
 }
 
-const BUILTINS: [Builtin; 5] =
-    [Builtin::Prerouting, Builtin::Input, Builtin::Forward, Builtin::Output, Builtin::Postrouting];
-
 fn is_builtin(chain: &str) -> bool {
-    BUILTINS.iter().any(|builtin| builtin.name() == chain)
+    Builtin::ALL.iter().any(|builtin| builtin.name() == chain)
 }
 
 impl Plan {

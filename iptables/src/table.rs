@@ -1,8 +1,10 @@
 //! What a table holds of ours, read from save output; and what it shall hold.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
+use crate::matches::Match;
 use crate::rule::Rule;
+use crate::target::Target;
 use crate::text::{canonical, words};
 use crate::{ChainName, Family};
 
@@ -57,6 +59,10 @@ pub enum Builtin {
 }
 
 impl Builtin {
+    /// All of them.
+    pub const ALL: [Self; 5] =
+        [Self::Prerouting, Self::Input, Self::Forward, Self::Output, Self::Postrouting];
+
     /// As iptables calls it.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -129,6 +135,40 @@ pub struct Found {
     pub chains: BTreeMap<ChainName, Vec<String>>,
     /// Rules in other chains that lead to ours, by chain.
     pub jumps: BTreeMap<String, Vec<FoundJump>>,
+}
+
+impl Found {
+    /// What was found, as rules, for looking at them: lines that are rules of `wanted`, of whichever chain,
+    /// become those; of any other only the text is kept, as [`Match::Raw`] without target.
+    #[must_use]
+    pub fn rules(&self, wanted: &Ruleset, family: Family) -> Ruleset {
+        let jumps = wanted.jumps.iter().map(|jump| &jump.rule);
+        let known: HashMap<String, &Rule> = wanted
+            .chains
+            .values()
+            .flatten()
+            .chain(jumps)
+            .map(|rule| (canonical(&rule.render(family)), rule))
+            .collect();
+        let rule = |form: &String| match known.get(form) {
+            Some(rule) => (*rule).clone(),
+            None => Rule { conditions: Vec::new(), target: None }.when(Match::Raw(vec![form.clone()])),
+        };
+        let chains =
+            self.chains.iter().map(|(chain, forms)| (*chain, forms.iter().map(rule).collect())).collect();
+        let mut found = Vec::new();
+        for from in Builtin::ALL {
+            for jump in self.jumps.get(from.name()).into_iter().flatten() {
+                let position = if jump.index == 0 { Position::First } else { Position::Top };
+                let mut rule = rule(&jump.form);
+                if rule.target.is_none() {
+                    rule.target = ChainName::new(&jump.to).ok().map(Target::Jump);
+                }
+                found.push(Jump { from, rule, position });
+            }
+        }
+        Ruleset { chains, jumps: found }
+    }
 }
 
 /// A rule of another chain that leads to one of ours.
@@ -294,6 +334,21 @@ COMMIT
         assert_eq!(found.jumps["DOCKER"][0].index, 0);
         assert_eq!(parse(SAVE, TableName::Mangle, &ours), Ok(Found::default()));
         assert_eq!(parse(SAVE, TableName::Filter, &Ours::new([""])), Ok(Found::default()));
+    }
+
+    #[test]
+    fn what_was_found_reads_as_rules() {
+        let ours = Ours::new(["KUBE-ROUTER-"]);
+        let found = parse(SAVE, TableName::Filter, &ours).unwrap();
+        let chain = ChainName::new("KUBE-ROUTER-SERVICES").unwrap();
+        let ping = Rule::new(Target::Accept).when(Match::Icmp { kind: 8, code: None });
+        let wanted = Ruleset { chains: BTreeMap::from([(chain, vec![ping.clone()])]), jumps: Vec::new() };
+        let rules = found.rules(&wanted, Family::V4);
+        assert_eq!(rules.chains[&chain][0], ping);
+        assert_eq!(rules.chains[&chain][1].target, None, "a stranger's rule in our chain");
+        assert_eq!(rules.jumps.len(), 1);
+        assert_eq!(rules.jumps[0].rule.target, Some(Target::Jump(chain)));
+        assert_eq!(rules.jumps[0].position, Position::Top, "another rule comes first");
     }
 
     #[test]

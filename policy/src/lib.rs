@@ -31,5 +31,5 @@ pub use model::{
     Direction, Key, Labels, NamedPort, Peer, Pod, Policy, PolicyPort, PortMatch, Protocol, Requirement, Rule,
     Selector,
 };
-pub use name::{CHAIN_PREFIXES, SET_PREFIXES};
+pub use name::{CHAIN_PREFIXES, Gate, SET_PREFIXES, group_chain, policy as policy_chain};
 pub use trace::{Packet, Trace, TraceError, Verdict, trace};

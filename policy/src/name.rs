@@ -37,6 +37,32 @@ pub const SET_PREFIXES: [&str; 6] = [
     "kube-router-pod-self",
 ];
 
+/// What being in a set means for a pod of this node, beyond what rules of policies say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Gate {
+    /// Its policies are in force.
+    Isolated,
+    /// It is known: not closed as an unknown address.
+    Known,
+}
+
+impl Gate {
+    /// The gate that a set is, if it is one. A pod goes through a gate only when all that its rules name is
+    /// in the kernel, first [`Gate::Isolated`], then [`Gate::Known`]; and leaves in the opposite order before
+    /// anything else of it goes.
+    #[must_use]
+    pub fn of(set: SetName) -> Option<Self> {
+        let base = set.as_str().strip_prefix("inet6:").unwrap_or(set.as_str());
+        if base == LOCAL_PODS {
+            Some(Self::Known)
+        } else if Direction::BOTH.into_iter().any(|direction| base == isolated(direction)) {
+            Some(Self::Isolated)
+        } else {
+            None
+        }
+    }
+}
+
 pub(crate) const POD_NETS: &str = "kube-router-pod-nets";
 pub(crate) const LOCAL_PODS: &str = "kube-router-local-pods";
 pub(crate) const SELF: &str = "kube-router-pod-self";
@@ -80,7 +106,8 @@ pub(crate) fn dispatch(direction: Direction, bits: &str) -> ChainName {
 }
 
 /// Rules of one policy in one direction.
-pub(crate) fn policy(direction: Direction, key: &crate::Key) -> ChainName {
+#[must_use]
+pub fn policy(direction: Direction, key: &crate::Key) -> ChainName {
     let direction = direction.to_string();
     chain(&hashed("KUBE-NWPLCY-", &[&direction, &key.namespace, &key.name]))
 }
@@ -105,6 +132,12 @@ pub(crate) fn group(direction: Direction, policies: &[crate::Key]) -> GroupNames
     GroupNames { chain: chain(&format!("KUBE-POD-FW-{hash}")), set: format!("{prefix}{hash}") }
 }
 
+/// The chain that pods meet in a direction when exactly these policies, in order, isolate them.
+#[must_use]
+pub fn group_chain(direction: Direction, policies: &[crate::Key]) -> ChainName {
+    group(direction, policies).chain
+}
+
 /// A set that a rule of a policy looks at: `parts` say what fills it.
 pub(crate) fn members(source: bool, parts: &[&str]) -> String {
     hashed(if source { "KUBE-SRC-" } else { "KUBE-DST-" }, parts)
@@ -114,6 +147,16 @@ pub(crate) fn members(source: bool, parts: &[&str]) -> String {
 mod tests {
     use super::*;
     use crate::Key;
+
+    #[test]
+    fn gates_are_known_in_both_families() {
+        for family in Family::BOTH {
+            assert_eq!(Gate::of(set(LOCAL_PODS, family)), Some(Gate::Known));
+            assert_eq!(Gate::of(set(isolated(Direction::Egress), family)), Some(Gate::Isolated));
+            assert_eq!(Gate::of(set(POD_NETS, family)), None);
+            assert_eq!(Gate::of(set(&members(true, &["x"]), family)), None);
+        }
+    }
 
     #[test]
     fn every_form_fits_the_kernel_and_carries_a_prefix() {

@@ -15,7 +15,7 @@ pub struct NetworkPolicy {
     /// `metadata.uid`, for events.
     pub uid: Arc<str>,
     /// What it means.
-    pub policy: Policy,
+    pub policy: Arc<Policy>,
     /// What could not be honoured in this object; each allows nothing.
     pub problems: Vec<Problem>,
 }

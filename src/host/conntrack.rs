@@ -350,6 +350,27 @@ impl Conntrack {
     }
 }
 
+impl Conntrack {
+    /// Deletes every flow that one of these addresses sends, gets or answers. Costs one dump per
+    /// family concerned.
+    pub fn delete_of(&mut self, addresses: &[IpAddr]) -> Result<Deleted, Error> {
+        let wanted: HashSet<IpAddr, foldhash::fast::RandomState> = addresses.iter().copied().collect();
+        let mut flows = Vec::new();
+        let mut examined = 0;
+        for family in Family::BOTH {
+            if !addresses.iter().any(|address| Family::of(*address) == family) {
+                continue;
+            }
+            flows.extend(self.list(FlowFilter::all(family), &mut examined, |flow| {
+                [flow.original, flow.reply].iter().any(|tuple| {
+                    wanted.contains(&tuple.source.ip()) || wanted.contains(&tuple.destination.ip())
+                })
+            })?);
+        }
+        Ok(Deleted { examined, ..self.delete(&flows)? })
+    }
+}
+
 /// `struct nfgenmsg`: family, version 0, resource 0.
 fn header(family: Family) -> [u8; HEADER] {
     [family.number(), 0, 0, 0]

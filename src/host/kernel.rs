@@ -96,7 +96,7 @@ const NEEDS: [Need; 5] = [
         name: "ipset",
         module: "ip_set",
         option: "CONFIG_IP_SET",
-        needed_for: "the firewall of VIPs",
+        needed_for: "network policy and the firewall of VIPs",
         // NFNL_SUBSYS_IPSET, IPSET_CMD_PROTOCOL with IPSET_ATTR_PROTOCOL 6.
         probe: Probe::Netfilter { kind: 6 << 8 | 1, attribute: Some((1, 6)) },
     },
@@ -111,7 +111,7 @@ const NEEDS: [Need; 5] = [
         name: "conntrack netlink",
         module: "nf_conntrack_netlink",
         option: "CONFIG_NF_CT_NETLINK",
-        needed_for: "expiring UDP flows to removed endpoints",
+        needed_for: "expiring flows of endpoints and pods that are gone",
         // NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET_STATS.
         probe: Probe::Netfilter { kind: 1 << 8 | 5, attribute: None },
     },
@@ -119,7 +119,7 @@ const NEEDS: [Need; 5] = [
         name: "bridge netfilter",
         module: "br_netfilter",
         option: "CONFIG_BRIDGE_NETFILTER",
-        needed_for: "Services between pods of one bridge",
+        needed_for: "policies and Services between pods of one bridge",
         probe: Probe::Sysctl("net/bridge/bridge-nf-call-iptables"),
     },
 ];
@@ -131,6 +131,16 @@ pub fn inspect() -> Vec<Finding> {
     let mut findings: Vec<Finding> = NEEDS.iter().map(|need| look_for(need, &modules)).collect();
     findings.extend(SCHEDULERS.iter().map(|name| scheduler(name, &modules)));
     findings
+}
+
+/// Looks for what network policy needs, trying to load what does not answer.
+pub fn inspect_for_policy() -> Vec<Finding> {
+    let modules = Modules::of_host();
+    NEEDS
+        .iter()
+        .filter(|need| ["ipset", "conntrack netlink", "bridge netfilter"].contains(&need.name))
+        .map(|need| look_for(need, &modules))
+        .collect()
 }
 
 /// Whether this host forwards packets, per family. The daemon never switches forwarding on: it

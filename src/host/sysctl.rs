@@ -248,6 +248,19 @@ pub fn proxy_settings(release: Release, interfaces: &[&str]) -> Vec<Setting> {
     settings
 }
 
+/// What network policy needs: traffic between pods of one bridge must meet iptables.
+pub fn policy_settings() -> Vec<Setting> {
+    ["iptables", "ip6tables"]
+        .into_iter()
+        .map(|program| Setting {
+            key: format!("net/bridge/bridge-nf-call-{program}"),
+            want: Want::Exactly(1),
+            reason: "without it network policies do not see traffic between pods of one bridge; if it is missing, \
+                     load br_netfilter on the host (modprobe br_netfilter)",
+        })
+        .collect()
+}
+
 /// The right `net/ipv4/vs/conn_reuse_mode`, or `None` where the kernel has no such parameter.
 ///
 /// - From 5.9 a reused client port is rescheduled at once, so 1, the kernel's default, is right:

@@ -61,7 +61,7 @@ pub fn network_policy(item: Item<NetworkPolicyObject>) -> Decoded<NetworkPolicy>
     Decoded::Ours(NetworkPolicy {
         key,
         uid: metadata.uid.as_str().into(),
-        policy: Policy { pod_selector, ingress, egress },
+        policy: Policy { pod_selector, ingress, egress }.into(),
         problems,
     })
 }

@@ -1,0 +1,201 @@
+//! The room's kernel handles: dump and apply, and what is ours in each table.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::Path;
+
+use ferroute_iptables::ipset::{self, Sets};
+use ferroute_iptables::{ChainChanges, ChainName, Family, Found, Plan, Ruleset, SetName, TableName};
+use ferroute_policy::{CHAIN_PREFIXES, SET_PREFIXES};
+
+use super::error::Error;
+use crate::chains::{Chains, Run};
+use crate::host::conntrack::Conntrack;
+use crate::host::kernel::{self, Presence};
+use crate::host::sysctl;
+
+/// Seconds to wait for a program that holds the xtables lock. Short: what needs no chain, like most
+/// pod starts, shall not wait with it, and the pass is tried again.
+const LOCK_WAIT: u32 = 2;
+/// Where policy lives.
+const TABLE: TableName = TableName::Filter;
+
+/// Beginnings of the names of every set of ours, in both families.
+pub fn set_prefixes() -> Vec<String> {
+    SET_PREFIXES.iter().flat_map(|prefix| [(*prefix).to_owned(), format!("inet6:{prefix}")]).collect()
+}
+
+/// The handles. Each belongs to the network namespace of the thread that opened it.
+pub struct Kernel {
+    sets: ipset::Handle,
+    chains: Chains,
+    conntrack: Conntrack,
+    families: Vec<Family>,
+    prefixes: Vec<String>,
+    /// Sysctls whose refusal was told, so that it is told once.
+    told: BTreeSet<String>,
+}
+
+impl Kernel {
+    /// Opens every handle for writing; loads modules where that is allowed.
+    pub fn open() -> Result<Self, Error> {
+        for finding in kernel::inspect_for_policy() {
+            match finding.present {
+                Presence::Present => tracing::debug!(%finding, "kernel"),
+                Presence::Missing if finding.name == "ipset" => {
+                    return Err(Error::Kernel(finding.to_string()));
+                }
+                Presence::Missing | Presence::Unknown => tracing::warn!(%finding, "kernel"),
+            }
+        }
+        let mut kernel = Self::open_to_read()?;
+        kernel.prepare();
+        Ok(kernel)
+    }
+
+    /// Opens every handle for reading; nothing is made or changed.
+    pub fn open_to_read() -> Result<Self, Error> {
+        let mut families = vec![Family::V4];
+        if Path::new("/proc/sys/net/ipv6").exists() {
+            families.push(Family::V6);
+        }
+        let chains = Chains::open(&mut families, CHAIN_PREFIXES)?.with_lock_wait(LOCK_WAIT);
+        Ok(Self {
+            sets: ipset::Handle::open()?,
+            chains,
+            conntrack: Conntrack::open()?,
+            families,
+            prefixes: set_prefixes(),
+            told: BTreeSet::new(),
+        })
+    }
+
+    /// Families enforced: IPv6 only where the kernel and its iptables have it.
+    pub fn families(&self) -> &[Family] {
+        &self.families
+    }
+
+    /// The variant of iptables in use.
+    pub fn variant(&self) -> String {
+        self.chains.variant(Family::V4).map(|variant| variant.to_string()).unwrap_or_default()
+    }
+
+    /// Makes the sysctls right; what is refused is told once.
+    pub fn prepare(&mut self) {
+        for applied in sysctl::Sysctls::of_host().apply_all(&sysctl::policy_settings()) {
+            match &applied.outcome {
+                sysctl::Outcome::AlreadyRight => {
+                    self.told.remove(&applied.setting.key);
+                }
+                sysctl::Outcome::Written { .. } => tracing::info!(%applied, "sysctl"),
+                sysctl::Outcome::Missing | sysctl::Outcome::Refused { .. } => {
+                    if self.told.insert(applied.setting.key.clone()) {
+                        tracing::warn!(%applied, "sysctl");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads the sets of ours.
+    pub fn read_sets(&mut self) -> Result<Sets, Error> {
+        let prefixes: Vec<&str> = self.prefixes.iter().map(String::as_str).collect();
+        Ok(self.sets.read(&prefixes)?)
+    }
+
+    /// Applies set changes; those that succeed are noted in `sets`.
+    pub fn apply_sets(
+        &mut self,
+        changes: &[ipset::Change],
+        sets: &mut Sets,
+    ) -> Result<Vec<ipset::Failed>, Error> {
+        let failures = self.sets.apply(changes)?;
+        for (index, change) in changes.iter().enumerate() {
+            if !failures.iter().any(|failure| failure.change == index) {
+                ipset::apply_to(sets, std::slice::from_ref(change));
+            }
+        }
+        Ok(failures)
+    }
+
+    /// Replaces sets of another type: our chains go first, since the kernel destroys no set that a
+    /// rule names. The caller writes the chains again at once.
+    pub fn retype(&mut self, retype: &[ipset::Retype]) -> Result<(), Error> {
+        if let Some(failure) = self.chains.remove(false).failed.into_iter().next() {
+            return Err(Error::Kernel(failure));
+        }
+        for step in retype {
+            tracing::warn!(set = %step.set, from = %step.from, to = %step.to, "replacing a set of another type");
+            if let Some(failure) = self.sets.apply(&step.changes)?.into_iter().next() {
+                return Err(Error::Set(Box::new(failure)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the chains of one family back and makes them right.
+    pub fn settle_chains(
+        &mut self,
+        family: Family,
+        wanted: &Ruleset,
+    ) -> Result<Plan, ferroute_iptables::Error> {
+        self.chains.settle(family, TABLE, wanted)
+    }
+
+    /// Changes single chains without reading.
+    pub fn change_chains(
+        &mut self,
+        family: Family,
+        changes: &ChainChanges,
+    ) -> Result<Plan, ferroute_iptables::Error> {
+        self.chains.change(family, TABLE, changes)
+    }
+
+    /// Whether the kernel had a chain when it was last looked at.
+    pub fn has_chain(&self, family: Family, chain: ChainName) -> bool {
+        self.chains.is_known(family, TABLE, chain)
+    }
+
+    /// What the kernel holds of our chains now.
+    pub fn read_chains(&self, family: Family) -> Result<Found, Error> {
+        Ok(self.chains.read(family, TABLE)?)
+    }
+
+    /// What would make the chains right.
+    pub fn plan_chains(
+        &self,
+        found: &Found,
+        wanted: &Ruleset,
+        family: Family,
+    ) -> Result<Plan, ferroute_iptables::PlanError> {
+        self.chains.plan(found, wanted, family)
+    }
+
+    /// One set, ours or not.
+    pub fn read_set(&mut self, name: SetName) -> Result<Option<ipset::Set>, Error> {
+        Ok(self.sets.list(name)?)
+    }
+
+    /// Runs of iptables programs since this was last asked.
+    pub fn take_runs(&mut self) -> Vec<Run> {
+        self.chains.take_runs()
+    }
+
+    /// Forgets the flows of addresses that no pod has any more; returns how many.
+    pub fn forget_flows(&mut self, addresses: &[IpAddr]) -> Result<usize, Error> {
+        let done = self.conntrack.delete_of(addresses)?;
+        for error in &done.failures {
+            tracing::warn!(%error, "flow of a pod that is gone stays");
+        }
+        Ok(done.deleted)
+    }
+
+    /// Netlink messages about sets and about flows: written and asked.
+    pub fn messages(&self) -> [(u64, u64); 2] {
+        let split = |sent: u64, asked: u64| (sent.saturating_sub(asked), asked);
+        [
+            split(self.sets.messages_sent(), self.sets.requests_sent()),
+            split(self.conntrack.messages_sent(), self.conntrack.requests_sent()),
+        ]
+    }
+}

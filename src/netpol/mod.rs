@@ -1,0 +1,67 @@
+//! The pass for network policy: Pods, Namespaces and NetworkPolicies to chains and sets.
+//!
+//! What policies mean and which chains and sets they become is the crate `ferroute_policy`; here is
+//! what keeps a kernel true to it.
+//!
+//! - [`gather`]: the cluster's objects in the policy crate's words. Pure.
+//! - [`starting`]: pods whose network is being made, before the API server knows their addresses. Pure.
+//! - [`order`]: in which order sets and chains change. Pure.
+//! - [`exclude`]: what this kernel cannot take, left out so that the rest is enforced. Pure.
+//! - [`explain`]: whether a connection is allowed, by meaning and by the kernel. Pure.
+//! - `room`: the thread that wakes, compares and applies through `kernel`.
+
+mod error;
+pub mod exclude;
+pub mod explain;
+pub mod gather;
+mod kernel;
+mod metrics;
+pub mod order;
+mod removal;
+mod room;
+pub mod settings;
+pub mod starting;
+pub mod status;
+mod view;
+
+pub use error::Error;
+pub use explain::{Answer, Question, Unanswerable};
+pub use removal::cleanup;
+pub use room::Room;
+pub use settings::{Services, Settings};
+pub use starting::{NotProgrammed, StartingPod};
+pub use status::Status;
+pub use view::View;
+
+use ferroute_policy::Index;
+
+use crate::cluster::{Cluster, State};
+
+/// Everything that the cluster says goes into the index; what changed shows when it is settled.
+fn fill(index: &mut Index, settings: &Settings, state: &State, starting: &starting::Starting) {
+    index.set_pod_networks(gather::pod_networks(state, &settings.node_name));
+    for (name, namespace) in &state.namespaces {
+        index.put_namespace(name, Some(namespace.labels.clone()));
+    }
+    for (key, pod) in &state.pods {
+        index.put_pod(&gather::key(key), gather::pod(pod, &settings.node_name, starting));
+    }
+    for (key, policy) in &state.network_policies {
+        index.put_policy(&gather::key(key), Some(policy.policy.clone()));
+    }
+}
+
+/// What a pass would write now, without writing: reads the kernel once and compares.
+pub fn plan(settings: &Settings, cluster: &Cluster) -> Result<Status, Error> {
+    let mut kernel = kernel::Kernel::open_to_read()?;
+    let mut index = Index::new(gather::options(settings, kernel.families()));
+    let starting = starting::Starting::default();
+    let networks = {
+        let state = cluster.read();
+        fill(&mut index, settings, &state, &starting);
+        gather::pod_networks(&state, &settings.node_name)
+    };
+    index.settle();
+    let mut excluded = exclude::Excluded::default();
+    Ok(Status::gather(settings, &networks, &index, &mut kernel, &mut excluded, &starting, None))
+}
