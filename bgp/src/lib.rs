@@ -13,6 +13,9 @@
 //! - [`session`], [`fsm`]: the OPEN and what follows from both (4271 section 6.2, 4724, 5492, 6286, 7607, 7911,
 //!   8538, 8654, 8950), the state machine with collision resolution (4271 sections 6.8 and 8, 6608, 9687,
 //!   9003).
+//! - [`rib`], [`decision`], [`policy`]: Adj-RIB-In, Loc-RIB and Adj-RIB-Out (4271 sections 3.2 and 9), route
+//!   reflection (4456), communities (1997, 4360, 8092), graceful shutdown (8326), nothing from and to
+//!   external peers without a policy (8212), several paths to a prefix (7911), stale routes (4724, 7313).
 //! - [`transport`]: TCP with MD5 signatures (2385), TTL security (5082), link-local addresses.
 //!
 //! The codec is our own: the one published crate that does all of this needs a newer compiler than ours
@@ -20,7 +23,10 @@
 //! decoding straight into attribute sets that are shared is what makes large tables cheap.
 
 pub mod bfd;
+pub mod decision;
 pub mod fsm;
 pub mod message;
+pub mod policy;
+pub mod rib;
 pub mod session;
 pub mod transport;
