@@ -168,3 +168,6 @@ impl<T: ?Sized + std::hash::Hash + Eq> Pool<T> {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod policy_tests;
