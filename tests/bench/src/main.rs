@@ -2,6 +2,7 @@
 //! replayed raw on the same kernel. Started by `scripts/bench`, in a lab.
 
 mod daemon;
+mod policies;
 mod pure;
 mod report;
 mod shape;
@@ -36,6 +37,12 @@ enum What {
         /// Interleaved runs of each side.
         #[arg(long, default_value_t = 5)]
         runs: usize,
+        /// Numbers of NetworkPolicies.
+        #[arg(long, value_delimiter = ',', default_value = "10,1000,10000")]
+        policies: Vec<u32>,
+        /// What to measure.
+        #[arg(long, value_enum, value_delimiter = ',', default_value = "services,policies")]
+        parts: Vec<Part>,
         /// Sizes 100 and 1,000 and three runs, no variants.
         #[arg(long)]
         quick: bool,
@@ -53,6 +60,27 @@ enum What {
         /// Read the kernel between the steps and write the floor's script to this folder.
         #[arg(long)]
         capture: Option<PathBuf>,
+    },
+    /// One run of ferroute's policy room.
+    Policies {
+        /// Policies in the cluster.
+        #[arg(long)]
+        policies: u32,
+        /// Read the kernel after every event and write the floor's script to this folder.
+        #[arg(long)]
+        capture: Option<PathBuf>,
+    },
+    /// One run of the floor of policies.
+    PolicyFloor {
+        /// Where the script is.
+        #[arg(long)]
+        folder: PathBuf,
+    },
+    /// What packets pay for being judged.
+    Packets {
+        /// Local isolated pods.
+        #[arg(long)]
+        isolated: u32,
     },
     /// One run of the floor.
     Floor {
@@ -84,16 +112,42 @@ enum What {
     },
 }
 
+/// A part of the measurement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// The Service proxy.
+    Services,
+    /// Network policy.
+    Policies,
+}
+
 fn main() -> Result<()> {
     match Arguments::parse().what {
-        What::All { sizes, runs, quick, program, json } => {
+        What::All { sizes, policies, parts, runs, quick, program, json } => {
             let (sizes, runs) = if quick { (vec![100, 1000], 3) } else { (sizes, runs) };
+            let policies = if quick { vec![10, 1000] } else { policies };
             ensure!(runs > 0, "--runs: at least one");
             // Service and pod addresses of this size still fit their ranges.
             ensure!(sizes.iter().all(|size| (1..=50_000).contains(size)), "--sizes: from 1 to 50000");
-            all(&sizes, runs, quick, &program, json.as_deref())
+            // Their namespaces and addresses fit theirs.
+            ensure!(policies.iter().all(|count| (1..=50_000).contains(count)), "--policies: from 1 to 50000");
+            let mut report = Report::begin(runs)?;
+            if parts.contains(&Part::Services) {
+                services(&mut report, &sizes, runs, quick, &program)?;
+            }
+            if parts.contains(&Part::Policies) {
+                policy_tables(&mut report, &policies, runs)?;
+            }
+            if let Some(path) = json {
+                std::fs::write(&path, serde_json::to_string_pretty(&report)?)
+                    .with_context(|| format!("cannot write {}", path.display()))?;
+            }
+            Ok(())
         }
         What::Ferroute { shape, capture } => print(&sides::ferroute(&shape, capture.as_deref())?),
+        What::Policies { policies, capture } => print(&policies::room(policies, capture.as_deref())?),
+        What::PolicyFloor { folder } => print(&policies::floor(&folder)?),
+        What::Packets { isolated } => print(&policies::packets(isolated)?),
         What::Floor { folder, verify } => print(&sides::floor(&folder, verify)?),
         What::Pure { shape } => pure::pure(&shape),
         What::Commands { folder } => print(&sides::commands(&folder)?),
@@ -106,23 +160,53 @@ fn print(value: &impl Serialize) -> Result<()> {
     Ok(())
 }
 
-fn all(sizes: &[u32], runs: usize, quick: bool, program: &Path, json: Option<&Path>) -> Result<()> {
+fn services(report: &mut Report, sizes: &[u32], runs: usize, quick: bool, program: &Path) -> Result<()> {
     let mut shapes: Vec<Shape> =
         sizes.iter().map(|&services| Shape { services, scheduler: None, no_range: false }).collect();
     if !quick && let Some(services) = sizes.iter().copied().filter(|size| *size <= 1000).max() {
         shapes.push(Shape { services, scheduler: Some("mh".into()), no_range: false });
         shapes.push(Shape { services, scheduler: None, no_range: true });
     }
-    let mut report = Report::begin(runs)?;
     for shape in shapes {
         eprintln!("bench: {shape}");
         let figures = measure(&shape, runs, program).with_context(|| shape.to_string())?;
         print!("{}", report.add(&shape, figures));
     }
-    if let Some(path) = json {
-        std::fs::write(path, serde_json::to_string_pretty(&report)?)
-            .with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(())
+}
+
+/// Isolated pods with which packets are timed; the kubelet's usual limit, and a full /24.
+const ISOLATED: [u32; 3] = [0, 110, 250];
+
+fn policy_tables(report: &mut Report, counts: &[u32], runs: usize) -> Result<()> {
+    let folder = std::env::temp_dir().join(format!("ferroute-bench-policies-{}", std::process::id()));
+    for &policies in counts {
+        eprintln!("bench: {policies} policies");
+        // Left from another count.
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir_all(&folder)?;
+        let text = folder.display().to_string();
+        let own = ["policies".to_owned(), "--policies".to_owned(), policies.to_string()];
+        let _: policies::Run = child(&[own.to_vec(), vec!["--capture".to_owned(), text.clone()]].concat())?;
+        let mut figures = policies::Figures { policies, ..Default::default() };
+        for _ in 0..runs {
+            figures.room.push(child(&own)?);
+            figures.floor.push(child(&["policy-floor".to_owned(), "--folder".to_owned(), text.clone()])?);
+        }
+        print!("{}", figures.table());
+        report.add_policies(figures);
     }
+    // Absent when no count was asked for.
+    let _ = std::fs::remove_dir_all(&folder);
+    eprintln!("bench: packets");
+    let mut packets = Vec::new();
+    for _ in 0..runs {
+        let one =
+            |isolated: u32| child(&["packets".to_owned(), "--isolated".to_owned(), isolated.to_string()]);
+        packets.push(ISOLATED.into_iter().map(one).collect::<Result<Vec<policies::Packets>>>()?);
+    }
+    print!("{}", policies::packet_table(&packets)?);
+    report.packets = packets;
     Ok(())
 }
 

@@ -9,6 +9,7 @@ use ferroute::host::route::RouteChange;
 use ferroute::proxy::desired::desired;
 use ferroute::proxy::drain::Drains;
 use ferroute::proxy::facts::Facts;
+use ferroute::proxy::hold::Hold;
 use ferroute::proxy::ledger::{Ledger, Touched};
 use ferroute::proxy::mirror::{Mirror, Scope, diff};
 use ferroute_iptables::{Family, ipset};
@@ -63,7 +64,7 @@ pub fn pure(shape: &Shape) -> Result<()> {
         }
         let since = Instant::now();
         let scope = Scope::Touched(&touched);
-        let changes = diff(&mirror, &ledger, &mut drains, &facts, 3, &scope, period, now);
+        let changes = diff(&mirror, &ledger, &mut drains, &Hold::default(), &facts, 3, &scope, period, now);
         note("diff", since);
         let since = Instant::now();
         let _ = changes.udp(&mirror, |key| ledger.protocol(key));
@@ -89,7 +90,7 @@ pub fn pure(shape: &Shape) -> Result<()> {
         note("mirror", since);
     }
     let since = Instant::now();
-    let changes = diff(&mirror, &ledger, &mut drains, &facts, 3, &Scope::All, period, now);
+    let changes = diff(&mirror, &ledger, &mut drains, &Hold::default(), &facts, 3, &Scope::All, period, now);
     note("compare all", since);
     println!("{} changes left", changes.len());
     for (what, time) in spent {

@@ -30,6 +30,9 @@ pub struct Report {
     kernel: String,
     runs: usize,
     shapes: Vec<(String, Figures)>,
+    policies: Vec<crate::policies::Figures>,
+    /// What packets pay, run by run.
+    pub packets: Vec<Vec<crate::policies::Packets>>,
 }
 
 /// Rows in their order.
@@ -56,7 +59,12 @@ impl Report {
         let place = std::env::var("FERROUTE_LAB").unwrap_or_else(|_| "host".into());
         let kernel = format!("Linux {kernel} ({place})");
         println!("{kernel}, {runs} interleaved runs; median (lowest..highest)");
-        Ok(Self { kernel, runs, shapes: Vec::new() })
+        Ok(Self { kernel, runs, shapes: Vec::new(), policies: Vec::new(), packets: Vec::new() })
+    }
+
+    /// Adds the figures of a number of policies.
+    pub fn add_policies(&mut self, figures: crate::policies::Figures) {
+        self.policies.push(figures);
     }
 
     /// Adds a shape and returns its table.
@@ -121,7 +129,7 @@ fn table(shape: &Shape, figures: &Figures) -> String {
 }
 
 /// Lowest, median, highest.
-fn spread(values: impl Iterator<Item = f64>) -> (f64, f64, f64) {
+pub fn spread(values: impl Iterator<Item = f64>) -> (f64, f64, f64) {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
@@ -130,11 +138,13 @@ fn spread(values: impl Iterator<Item = f64>) -> (f64, f64, f64) {
     (at(0), middle, at(last))
 }
 
-fn ms(value: f64) -> String {
+/// Milliseconds with the digits that matter.
+pub fn ms(value: f64) -> String {
     if value < 10.0 { format!("{value:.3}") } else { format!("{value:.1}") }
 }
 
-fn count(value: f64) -> String {
+/// A count per event.
+pub fn count(value: f64) -> String {
     if value.fract() == 0.0 { format!("{value:.0}") } else { format!("{value:.1}") }
 }
 

@@ -162,7 +162,8 @@ fn family_of(set: &Set) -> u8 {
     if set.kind().family == ferroute_iptables::Family::V4 { 2 } else { 10 }
 }
 
-fn create_set(batch: &mut Batch, name: &str, set: &Set) -> Result<()> {
+/// Makes an empty set.
+pub fn create_set(batch: &mut Batch, name: &str, set: &Set) -> Result<()> {
     // The oldest revision with all that is used here (Linux 3.19).
     let revision = match set.kind().set_type {
         SetType::HashIp => 4,
@@ -196,7 +197,8 @@ fn create_set(batch: &mut Batch, name: &str, set: &Set) -> Result<()> {
     Ok(())
 }
 
-fn write_entries(
+/// Adds entries to a set or takes them out.
+pub fn write_entries(
     batch: &mut Batch,
     add: bool,
     name: &str,
@@ -220,6 +222,15 @@ fn write_entries(
             });
         });
     }
+}
+
+/// Takes a set away.
+pub fn destroy_set(batch: &mut Batch, name: &str) {
+    batch.message(IPSET | 3, 0, |body| {
+        body.raw(&[2, 0, 0, 0]);
+        body.u8(1, 7);
+        body.string(2, name);
+    });
 }
 
 fn write_entry(data: &mut Body<'_>, entry: &Entry, extra: Extra) {
@@ -356,7 +367,7 @@ fn take_length(rest: &mut &[u8]) -> Result<usize> {
 }
 
 /// The same messages as a batch again.
-fn batch_of(mut bytes: &[u8]) -> Result<Batch> {
+pub fn batch_of(mut bytes: &[u8]) -> Result<Batch> {
     let mut batch = Batch::with_capacity(bytes.len());
     while let Some(header) = bytes.first_chunk::<16>() {
         let length = usize::try_from(u32::from_ne_bytes([header[0], header[1], header[2], header[3]]))?;
