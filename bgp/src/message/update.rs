@@ -73,8 +73,10 @@ pub(super) fn decode(body: &[u8], codec: &Codec, flaws: &mut Vec<Flaw>) -> Resul
             let reason = format!("{flaw}, but there are no routes");
             return Err(reset(UpdateError::MalformedAttributeList, reason));
         }
-        for announcement in update.announced.drain(..) {
-            update.withdrawn.extend(announcement.nlri);
+        for Announcement { mut nlri, .. } in update.announced.drain(..) {
+            // Exactly: doubling would take more memory than a hostile message should get.
+            update.withdrawn.reserve_exact(nlri.len());
+            update.withdrawn.append(&mut nlri);
         }
     }
     Ok(update)
