@@ -16,6 +16,8 @@
 //! - [`rib`], [`decision`], [`policy`]: Adj-RIB-In, Loc-RIB and Adj-RIB-Out (4271 sections 3.2 and 9), route
 //!   reflection (4456), communities (1997, 4360, 8092), graceful shutdown (8326), nothing from and to
 //!   external peers without a policy (8212), several paths to a prefix (7911), stale routes (4724, 7313).
+//! - [`speaker`], [`peer`]: the tasks: one for each peer, one for the RIB. Graceful restart of either side
+//!   (4724, 8538), route refresh (2918, 7313), limits (4486), send hold timer (9687).
 //! - [`transport`]: TCP with MD5 signatures (2385), TTL security (5082), link-local addresses.
 //!
 //! The codec is our own: the one published crate that does all of this needs a newer compiler than ours
@@ -26,7 +28,9 @@ pub mod bfd;
 pub mod decision;
 pub mod fsm;
 pub mod message;
+pub mod peer;
 pub mod policy;
 pub mod rib;
 pub mod session;
+pub mod speaker;
 pub mod transport;

@@ -34,9 +34,6 @@ pub struct Terms {
     /// Graceful restart of this side. `None`: the peer forgets this side's routes at once, but this
     /// side still keeps those of a peer that restarts.
     pub restart: Option<Restart>,
-    /// Whether the leftmost AS of paths from an external peer must be the peer's (RFC 4271 section
-    /// 6.3). Not so with a route server.
-    pub check_first_as: bool,
     /// Whether paths with AS_SETs are taken (RFC 9774 advises against).
     pub accept_as_sets: bool,
     /// Capabilities without which there is no session.
@@ -248,7 +245,6 @@ impl Terms {
         // Without capabilities of this side the codec takes IPv4 as given.
         codec.families = codec.families.and(self.families);
         codec.accept_as_sets = self.accept_as_sets;
-        codec.first_as = (self.check_first_as && open.asn != self.asn).then_some(open.asn);
         let families = codec.families;
         let mut negotiated = Negotiated {
             asn: self.asn,
@@ -421,7 +417,6 @@ pub(crate) mod tests {
             add_path_receive: Families::NONE,
             extended_next_hop: false,
             restart: None,
-            check_first_as: true,
             accept_as_sets: false,
             required: Vec::new(),
             host: None,
@@ -524,7 +519,7 @@ pub(crate) mod tests {
             (Families::IPV6, Families::IPV4)
         );
         assert!(here.codec.extended_next_hop && here.route_refresh && here.codec.enhanced_refresh);
-        assert_eq!((here.codec.send_max, here.codec.first_as), (65535, Some(Asn(65001))));
+        assert_eq!(here.codec.send_max, 65535);
         assert_eq!(
             here.restart,
             Some(PeerRestart {

@@ -100,6 +100,11 @@ impl Machine {
         self.restarted = restarted;
     }
 
+    /// Changes the longest pause, which the peer cannot see.
+    pub fn set_longest_pause(&mut self, pause: Duration) {
+        self.settings.longest_pause = pause;
+    }
+
     /// The peer's state.
     pub fn state(&self) -> State {
         let connected = self.connections.iter().map(Connection::state).max();

@@ -175,6 +175,15 @@ impl<P: Prefix> Core<'_, P> {
     }
 }
 
+/// Every prefix with a chosen path.
+pub(super) fn routes<P: Prefix>(table: &Table<P>, speaker: &Speaker, peers: &Peers) -> Vec<RouteChange> {
+    let entries = table.ids().map(|id| table.get(id));
+    entries
+        .map(|entry| RouteChange { prefix: entry.prefix.into(), paths: chosen(entry, speaker, peers) })
+        .filter(|route| !route.paths.is_empty())
+        .collect()
+}
+
 /// The best path and those that share its traffic, best first.
 pub(super) fn chosen<P>(entry: &Entry<P>, speaker: &Speaker, peers: &Peers) -> Vec<ChosenPath> {
     let paths = entry.paths.as_slice().iter();

@@ -345,6 +345,15 @@ impl Rib {
         changes
     }
 
+    /// All routes of a family as they are now, whoever was told of them before.
+    pub fn routes(&self, family: AfiSafi) -> Vec<RouteChange> {
+        match number(family) {
+            Some(0) => loc::routes(&self.v4, &self.speaker, &self.peers),
+            Some(_) => loc::routes(&self.v6, &self.speaker, &self.peers),
+            None => Vec::new(),
+        }
+    }
+
     /// Number of prefixes of a family.
     pub fn prefixes(&self, family: AfiSafi) -> usize {
         match number(family) {

@@ -107,6 +107,11 @@ pub fn scoped(address: IpAddr, port: u16, interface: Option<&str>) -> Result<Soc
     }
 }
 
+/// The name of the interface with this index, if there is one.
+pub(crate) fn interface_name(index: u32) -> Option<String> {
+    nix::net::if_::if_indextoname(index).ok()?.into_string().ok()
+}
+
 /// Why a link-local address cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ScopeError {
@@ -198,6 +203,9 @@ pub enum DialError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The peer's link is not there.
+    #[error(transparent)]
+    Scope(#[from] ScopeError),
     /// Anything else.
     #[error("cannot connect to {remote}: {source}")]
     Other {
@@ -309,6 +317,18 @@ pub enum ListenError {
         /// Where.
         address: SocketAddr,
     },
+    /// The kernel takes no keys.
+    #[error(
+        "cannot listen on {address} with the TCP MD5 password of {peer}: {source} (the kernel needs CONFIG_TCP_MD5SIG)"
+    )]
+    Password {
+        /// Where.
+        address: SocketAddr,
+        /// Whose password.
+        peer: IpAddr,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// Ports below 1024 need a privilege.
     #[error("cannot listen on {address}: not permitted; ports below 1024 need CAP_NET_BIND_SERVICE")]
     NotPermitted {
@@ -327,14 +347,18 @@ pub enum ListenError {
 
 impl Listener {
     /// Binds and listens. An IPv6 listener takes IPv6 only: keys for IPv4 peers on it would have to
-    /// be set in mapped form. Port 0 lets the kernel choose.
+    /// be set in mapped form. Port 0 lets the kernel choose. The keys are in place before the first
+    /// segment can arrive; those of the other family are left out.
     ///
     /// # Errors
     ///
     /// [`ListenError`].
-    pub fn bind(address: SocketAddr) -> Result<Self, ListenError> {
-        let listen = || -> io::Result<TcpListener> {
-            let ipv6 = address.is_ipv6();
+    pub fn bind<'a>(
+        address: SocketAddr,
+        keys: impl IntoIterator<Item = (IpAddr, &'a Password)>,
+    ) -> Result<Self, ListenError> {
+        let ipv6 = address.is_ipv6();
+        let prepare = || -> io::Result<Socket> {
             let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
             socket.set_nonblocking(true)?;
             socket.set_reuse_address(true)?;
@@ -346,6 +370,9 @@ impl Listener {
             set_ttl(&socket, ipv6, 255)?;
             common_options(&socket, ipv6)?;
             socket.bind(&address.into())?;
+            Ok(socket)
+        };
+        let listen = |socket: Socket| {
             socket.listen(BACKLOG)?;
             TcpListener::from_std(socket.into())
         };
@@ -355,7 +382,15 @@ impl Listener {
             io::ErrorKind::PermissionDenied => ListenError::NotPermitted { address },
             _ => ListenError::Other { address, source },
         };
-        let socket = listen().map_err(failed)?;
+        let socket = prepare().map_err(failed)?;
+        for (peer, password) in keys.into_iter().filter(|(peer, _)| peer.is_ipv6() == ipv6) {
+            option::set_md5(&socket, peer, Some(password)).map_err(|source| ListenError::Password {
+                address,
+                peer,
+                source,
+            })?;
+        }
+        let socket = listen(socket).map_err(failed)?;
         let address = socket.local_addr().map_err(failed)?;
         Ok(Self { socket, address })
     }
@@ -445,7 +480,7 @@ mod tests {
     #[tokio::test]
     async fn both_families_connect() {
         for (address, source) in [("127.0.0.1:0", "127.0.0.9"), ("[::1]:0", "::1")] {
-            let listener = Listener::bind(address.parse().unwrap()).unwrap();
+            let listener = Listener::bind(address.parse().unwrap(), []).unwrap();
             let source: IpAddr = source.parse().unwrap();
             let dialed = dial(listener.address(), source).connect().await.unwrap();
             let (accepted, from) = listener.accept().await.unwrap();
@@ -457,11 +492,11 @@ mod tests {
 
     #[tokio::test]
     async fn failures_are_words() {
-        let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), []).unwrap();
         let address = listener.address();
-        let error = Listener::bind(address).unwrap_err();
+        let error = Listener::bind(address, []).unwrap_err();
         assert!(matches!(error, ListenError::InUse { .. }), "{error}");
-        let error = Listener::bind("192.0.2.1:0".parse().unwrap()).unwrap_err();
+        let error = Listener::bind("192.0.2.1:0".parse().unwrap(), []).unwrap_err();
         assert!(matches!(error, ListenError::NoAddress { .. }), "{error}");
         drop(listener);
         let error = dial(address, loopback(1)).connect().await.unwrap_err();
@@ -472,7 +507,7 @@ mod tests {
 
     #[tokio::test]
     async fn ttl_security_keeps_low_ttls_out() {
-        let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), []).unwrap();
         let mut secure = dial(listener.address(), loopback(2));
         secure.reach = Reach::Security(1);
         // The listener answers with 255, so the handshake passes.
