@@ -21,14 +21,14 @@ use crate::health::{RoomHealth, Verdict, WatchHealth, judge};
 use crate::http::{Answer, Method, Request, StatusCode};
 use crate::log;
 use crate::metrics::{self, ExportTime, Page};
-use crate::proxy;
 use crate::report::{CurrentProblem, Reporter};
+use crate::{netpol, proxy};
 
 /// How long a room may take to describe itself.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long `ferroute status` waits for the daemon.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
-/// The proxy's loop turns every few seconds; one pass over a huge cluster on a slow machine, with
+/// A room's loop turns every few seconds; one pass over a huge cluster on a slow machine, with
 /// the xtables lock held by others, still ends well within this.
 const TURN_LIMIT: Duration = Duration::from_secs(120);
 /// An audit may take this long beyond its period before the kernel's state counts as unknown.
@@ -42,10 +42,10 @@ pub struct Desk {
     pub started: Instant,
     /// The same by the wall clock.
     pub started_at: SystemTime,
-    /// The service proxy's period (`--ipvs-sync-period`).
-    pub audit_period: Duration,
-    /// The service proxy.
-    pub proxy: proxy::View,
+    /// The service proxy and its period (`--ipvs-sync-period`), where it runs.
+    pub proxy: Option<(proxy::View, Duration)>,
+    /// Network policy and its period (`--iptables-sync-period`), where it runs.
+    pub netpol: Option<(netpol::View, Duration)>,
     /// The watched state.
     pub cluster: Cluster,
     /// Problems of objects.
@@ -68,8 +68,10 @@ struct Status {
     health: Vec<String>,
     watches: Vec<KindReport>,
     problems: Vec<CurrentProblem>,
-    /// Desired, actual and difference; absent when the room did not answer in time.
+    /// Desired, actual and difference; absent when the room does not run or did not answer in time.
     services: Option<proxy::Status>,
+    /// The same for network policy.
+    policies: Option<netpol::Status>,
 }
 
 impl Desk {
@@ -109,7 +111,12 @@ impl Desk {
         }
         metrics::problems(&mut page, &self.reporter.counters(), &current, self.reporter.dropped_events());
         self.watch_metrics(&mut page);
-        self.proxy.metrics(page.text());
+        if let Some((proxy, _)) = &self.proxy {
+            proxy.metrics(page.text());
+        }
+        if let Some((netpol, _)) = &self.netpol {
+            netpol.metrics(page.text());
+        }
         let since_epoch = self.started_at.duration_since(UNIX_EPOCH).unwrap_or_default();
         metrics::process(&mut page, since_epoch);
         self.export_time.observe(begun.elapsed());
@@ -132,8 +139,45 @@ impl Desk {
                 Ok(body) => Answer::json(body),
                 Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
             },
+            (&Method::GET, "/explain") => self.explain(&request.query),
             (_, "/healthz" | "/livez" | "/readyz") => self.health(request),
-            _ => unknown("GET /status, PUT /log-level, GET /healthz, /livez, /readyz"),
+            _ => unknown("GET /status, GET /explain, PUT /log-level, GET /healthz, /livez, /readyz"),
+        }
+    }
+
+    /// `from=...&to=...`, each percent-encoded, and perhaps `&output=text`.
+    fn explain(&self, query: &str) -> Answer {
+        let bad = |text: String| Answer::text(StatusCode::BAD_REQUEST, text + "\n");
+        let field = |name: &str| {
+            let value = query.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='))?;
+            Some(percent_decoded(value))
+        };
+        let (Some(from), Some(to)) = (field("from"), field("to")) else {
+            return bad("write /explain?from=...&to=...".to_owned());
+        };
+        let Some((netpol, _)) = &self.netpol else {
+            return bad("network policy is off on this node (--run-firewall=false)".to_owned());
+        };
+        let question = match netpol::Question::parse(&from, &to) {
+            Ok(question) => question,
+            Err(error) => return bad(error.to_string()),
+        };
+        match netpol.explain(question, STATUS_TIMEOUT) {
+            None => Answer::text(
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!(
+                    "network policy did not answer within {}s; it is busy or stuck\n",
+                    STATUS_TIMEOUT.as_secs()
+                ),
+            ),
+            Some(Err(error)) => bad(error.to_string()),
+            Some(Ok(answer)) if field("output").as_deref() == Some("text") => {
+                Answer::text(StatusCode::OK, answer.to_string())
+            }
+            Some(Ok(answer)) => match serde_json::to_string(&answer) {
+                Ok(body) => Answer::json(body),
+                Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+            },
         }
     }
 
@@ -152,12 +196,15 @@ impl Desk {
     }
 
     fn rooms(&self) -> Vec<RoomHealth> {
-        vec![RoomHealth {
-            name: "proxy",
+        let room = |name, period: Duration, passes| RoomHealth {
+            name,
             turn_limit: TURN_LIMIT,
-            clean_limit: self.audit_period + SLACK,
-            passes: self.proxy.health(),
-        }]
+            clean_limit: period + SLACK,
+            passes,
+        };
+        let proxy = self.proxy.iter().map(|(view, period)| room("proxy", *period, view.health()));
+        let netpol = self.netpol.iter().map(|(view, period)| room("netpol", *period, view.health()));
+        proxy.chain(netpol).collect()
     }
 
     fn verdict(&self) -> Verdict {
@@ -203,7 +250,8 @@ impl Desk {
             health: verdict.lines.iter().map(ToString::to_string).collect(),
             watches: self.cluster.watch_health().report(),
             problems: self.reporter.current(),
-            services: self.proxy.status(STATUS_TIMEOUT),
+            services: self.proxy.as_ref().and_then(|(proxy, _)| proxy.status(STATUS_TIMEOUT)),
+            policies: self.netpol.as_ref().and_then(|(netpol, _)| netpol.status(STATUS_TIMEOUT)),
         }
     }
 
@@ -231,16 +279,20 @@ impl Desk {
             let _ =
                 writeln!(text, "  {kind} {namespace}{slash}{name}: {}: {}", problem.reason, problem.message);
         }
-        match &status.services {
-            Some(services) => {
-                let _ = writeln!(text, "\n{services}");
-            }
-            None => {
-                let _ = writeln!(
-                    text,
-                    "\nThe service proxy did not answer within {}s; it is busy or stuck.",
-                    STATUS_TIMEOUT.as_secs()
-                );
+        let parts = [
+            ("The service proxy", self.proxy.is_some(), status.services.as_ref().map(ToString::to_string)),
+            ("Network policy", self.netpol.is_some(), status.policies.as_ref().map(ToString::to_string)),
+        ];
+        for (name, runs, part) in parts {
+            match part {
+                Some(part) => {
+                    let _ = writeln!(text, "\n{}", part.trim_end());
+                }
+                None if runs => {
+                    let seconds = STATUS_TIMEOUT.as_secs();
+                    let _ = writeln!(text, "\n{name} did not answer within {seconds}s; it is busy or stuck.");
+                }
+                None => {}
             }
         }
         text
@@ -344,11 +396,21 @@ pub fn ask_status(path: &Path, output: Output) -> Result<String, SocketError> {
         Output::Text => "?output=text",
         Output::Json => "",
     };
+    ask(path, &format!("/status{query}"))
+}
+
+/// Asks the running daemon whether a connection is allowed, and why.
+pub fn ask_explain(path: &Path, output: Output, from: &str, to: &str) -> Result<String, SocketError> {
+    let text = if output == Output::Text { "&output=text" } else { "" };
+    ask(path, &format!("/explain?from={}&to={}{text}", percent_encoded(from), percent_encoded(to)))
+}
+
+fn ask(path: &Path, target: &str) -> Result<String, SocketError> {
     let absent = |source| SocketError::NoDaemon { path: path.to_owned(), source };
     let mut stream = UnixStream::connect(path).map_err(absent)?;
     stream.set_read_timeout(Some(CLIENT_TIMEOUT)).map_err(absent)?;
     stream.set_write_timeout(Some(CLIENT_TIMEOUT)).map_err(absent)?;
-    stream.write_all(format!("GET /status{query} HTTP/1.0\r\n\r\n").as_bytes()).map_err(absent)?;
+    stream.write_all(format!("GET {target} HTTP/1.0\r\n\r\n").as_bytes()).map_err(absent)?;
     let mut text = String::new();
     stream.read_to_string(&mut text).map_err(absent)?;
     let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
@@ -357,6 +419,43 @@ pub fn ask_status(path: &Path, output: Output) -> Result<String, SocketError> {
         return Err(SocketError::Refused { path: path.to_owned(), answer: answer.trim().to_owned() });
     }
     Ok(body.to_owned())
+}
+
+/// Text as part of a query (RFC 3986, 2.1): everything but unreserved characters is escaped.
+fn percent_encoded(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            // Writing to a String cannot fail.
+            let _ = write!(out, "%{byte:02X}");
+        }
+    }
+    out
+}
+
+/// And back; what is no escape stays as it is.
+fn percent_decoded(text: &str) -> String {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, more)) = rest.split_first() {
+        let escaped = (*first == b'%')
+            .then(|| more.get(..2).and_then(|hex| std::str::from_utf8(hex).ok()))
+            .flatten()
+            .and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        match escaped {
+            Some(byte) => {
+                out.push(byte);
+                rest = more.get(2..).unwrap_or_default();
+            }
+            None => {
+                out.push(*first);
+                rest = more;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
 }
 
 #[cfg(test)]
@@ -416,5 +515,13 @@ mod tests {
         assert_eq!(ask_status(&path, Output::Json).unwrap(), "{}");
         server.join().unwrap();
         std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn queries_survive_the_way() {
+        for text in ["shop/cart", "[fd00::1]:80/udp", "a b&c=d%", "\u{e4}"] {
+            assert_eq!(percent_decoded(&percent_encoded(text)), text);
+        }
+        assert_eq!(percent_decoded("%zz%4"), "%zz%4");
     }
 }

@@ -1,6 +1,7 @@
 //! A room's chains in the kernel: one iptables command per family, and what is known to be there.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ferroute_iptables::{
@@ -12,6 +13,15 @@ use crate::cleanup::Cleanup;
 
 /// Chains and jumps by family and table.
 pub type Rules = BTreeMap<(Family, TableName), Ruleset>;
+
+/// Writes of chains by any room of this process. The kernel tells nobody that rules moved; a room
+/// whose jump must stay first looks again when another one wrote, instead of at its next audit.
+static WRITES: AtomicU64 = AtomicU64::new(0);
+
+/// How often any room of this process wrote chains.
+pub fn writes() -> u64 {
+    WRITES.load(Ordering::Acquire)
+}
 
 /// Reads and writes the chains that one room owns.
 pub struct Chains {
@@ -95,6 +105,7 @@ impl Chains {
                 match result {
                     Ok(plan) => {
                         if !plan.is_empty() {
+                            WRITES.fetch_add(1, Ordering::AcqRel);
                             repaired += 1;
                             tracing::info!(?family, %table, changes = ?plan.describe(), "iptables written");
                         }
@@ -169,6 +180,7 @@ impl Chains {
             && !plan.is_empty()
         {
             timed(&mut self.runs, family, true, || command.write(table, &plan))?;
+            WRITES.fetch_add(1, Ordering::AcqRel);
         }
         found.note(&plan);
         self.found.insert((family, table), found);

@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 
-use crate::proxy;
+use crate::{netpol, proxy};
 
 /// What one room removed, or would remove.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,7 +27,14 @@ pub struct Outcome {
 
 /// Removes everything of ours, or only says what that would be.
 pub fn run(dry_run: bool) -> Outcome {
-    let Cleanup { removed, failures } = proxy::cleanup(dry_run);
+    // Rules of policies name sets of the service proxy, so they go first.
+    let Cleanup { mut removed, mut failures } = netpol::cleanup(dry_run);
+    let services = proxy::cleanup(dry_run);
+    removed.extend(services.removed);
+    // What both miss, such as iptables, is said once.
+    failures.extend(
+        services.failures.into_iter().filter(|failure| !failures.contains(failure)).collect::<Vec<_>>(),
+    );
     Outcome::new(dry_run, &removed, failures)
 }
 

@@ -3,18 +3,18 @@
 //! ```text
 //!   API server or folder
 //!          |
-//!     task "cluster" ---- Cluster (shared state) ---- wakes ---> thread "proxy" ---> kernel
-//!          |                                                        |
-//!          +-- Reporter <---- problems of objects -----------------+
-//!                                                                   | View (health, status, metrics)
+//!     task "cluster" ---- Cluster (shared state) --- wakes -+-> thread "proxy"  ---> IPVS, sets, chains, routes
+//!          |                                                +-> thread "netpol" ---> sets, chains
+//!          +-- Reporter <---- problems of objects ------------------+
+//!                                                                   | Views (health, status, metrics)
 //!     task "health server"   TCP   /healthz /livez /readyz  <-------+
 //!     task "metrics server"  TCP   /metrics                 <-------+
-//!     task "admin socket"    Unix  /status /log-level       <-------+
+//!     task "admin socket"    Unix  /status /explain ...     <-------+
 //! ```
 //!
 //! Start: checks and sockets that can fail go first, then capabilities are given up, then the
-//! service proxy takes its kernel handles (the last use of SYS_MODULE), then the rooms start. Stop: the proxy ends its pass, the
-//! tasks are cancelled; the kernel keeps everything.
+//! rooms take their kernel handles (the last use of SYS_MODULE), then they start. Stop: each room ends
+//! its pass, the tasks are cancelled; the kernel keeps everything.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -30,6 +30,7 @@ use crate::config::{Config, Metrics, Output, Source};
 use crate::http::{self, Answer, Listener, Request, StatusCode};
 use crate::log;
 use crate::metrics::ExportTime;
+use crate::netpol;
 use crate::proxy::{self, settings::Settings};
 use crate::report::Reporter;
 use crate::supervise::Supervisor;
@@ -48,6 +49,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         admin_socket,
         log: _,
         proxy,
+        netpol,
         notices,
     } = config;
     require_root()?;
@@ -55,11 +57,11 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
     for notice in notices {
         tracing::info!(notice, "about the flags");
     }
-    let Some(settings) = proxy else {
+    let Some(interests) = interests(&node_name, proxy.is_some(), netpol.is_some()) else {
         tracing::info!("nothing to run: every part is switched off");
         return Ok(());
     };
-    let source = cluster_source(source, &settings)?;
+    let source = cluster_source(source, proxy.as_ref(), netpol.as_ref())?;
 
     let health = health.map(|address| bind("health", address)).transpose()?;
     let metrics =
@@ -71,8 +73,6 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
     let (started, started_at) = (Instant::now(), SystemTime::now());
     let cluster = Cluster::new();
     let reporter = Reporter::new(&node_name);
-    let interests = Interests::service_proxy(node_name.clone());
-    let audit_period = settings.audit_period;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(4)
@@ -85,11 +85,27 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the task runtime")?;
-    let (room, view) = {
+    let (proxy, netpol) = {
         // The API client and the health check node port servers belong to the runtime.
         let _inside = runtime.enter();
         check_access(&source)?;
-        proxy::Room::open(settings, cluster.subscribe_to(&Interests::SERVICE_PROXY), reporter.room("proxy"))?
+        let proxy = proxy
+            .map(|settings| {
+                let period = settings.audit_period;
+                let subscription = cluster.subscribe_to(&Interests::SERVICE_PROXY);
+                let (room, view) = proxy::Room::open(settings, subscription, reporter.room("proxy"))?;
+                anyhow::Ok((room, view, period))
+            })
+            .transpose()?;
+        let netpol = netpol
+            .map(|settings| {
+                let period = settings.audit_period;
+                let subscription = cluster.subscribe_to(&Interests::NETWORK_POLICY);
+                let (room, view) = netpol::Room::open(settings, subscription, reporter.room("netpol"))?;
+                anyhow::Ok((room, view, period))
+            })
+            .transpose()?;
+        (proxy, netpol)
     };
     capabilities::keep(&capabilities::ALWAYS)?;
 
@@ -97,8 +113,8 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         node: node_name,
         started,
         started_at,
-        audit_period,
-        proxy: view.clone(),
+        proxy: proxy.as_ref().map(|(_, view, period)| (view.clone(), *period)),
+        netpol: netpol.as_ref().map(|(_, view, period)| (view.clone(), *period)),
         cluster: cluster.clone(),
         reporter: reporter.clone(),
         level,
@@ -118,7 +134,17 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         }
         let admin = Listener::Unix(tokio::net::UnixListener::from_std(admin)?);
         rooms.task("admin socket", http::serve(admin, answer(&desk, Desk::admin)));
-        rooms.thread("proxy", move || Ok(room.run()?)).context("cannot start the proxy's thread")?;
+        let mut stops: Vec<Box<dyn Fn() + Send>> = Vec::new();
+        if let Some((room, view, _)) = proxy {
+            stops.push(Box::new(move || view.stop()));
+            rooms.thread("proxy", move || Ok(room.run()?)).context("cannot start the proxy's thread")?;
+        }
+        if let Some((room, view, _)) = netpol {
+            stops.push(Box::new(move || view.stop()));
+            rooms
+                .thread("netpol", move || Ok(room.run()?))
+                .context("cannot start the policy room's thread")?;
+        }
         let wanted: Vec<_> = interests.kinds.iter().copied().collect();
         let watched = cluster.clone();
         rooms.task("cluster", async move { Ok(cluster::run(source, watched, interests, reporter).await?) });
@@ -127,7 +153,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
             () = signals.next() => Ok(()),
             ended = rooms.first_end() => Err(anyhow::anyhow!("{ended}")),
         };
-        view.stop();
+        stops.iter().for_each(|stop| stop());
         let stopped = tokio::select! {
             stopped = rooms.stop(STOP_DEADLINE) => stopped,
             () = signals.next() => bail!("stopped at once by a second signal; the kernel keeps its state"),
@@ -150,10 +176,12 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
 /// What a daemon with these flags would change; reads the kernel and the cluster, writes nothing.
 pub fn plan(config: Config, output: Output) -> anyhow::Result<String> {
     require_root()?;
-    let Some(settings) = config.proxy else { bail!("nothing to plan: --run-service-proxy=false") };
-    let source = cluster_source(config.source, &settings)?;
+    let (proxy, netpol) = (config.proxy, config.netpol);
+    let Some(interests) = interests(&config.node_name, proxy.is_some(), netpol.is_some()) else {
+        bail!("nothing to plan: --run-service-proxy=false and --run-firewall=false");
+    };
+    let source = cluster_source(config.source, proxy.as_ref(), netpol.as_ref())?;
     let cluster = Cluster::new();
-    let interests = Interests::service_proxy(config.node_name.clone());
     let wanted: Vec<_> = interests.kinds.iter().copied().collect();
     let limit = config.cache_sync_timeout;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -180,11 +208,38 @@ pub fn plan(config: Config, output: Output) -> anyhow::Result<String> {
             }
         }
     })?;
-    let status = proxy::plan(&settings, &cluster)?;
+    let plan = Plan {
+        services: proxy.map(|settings| proxy::plan(&settings, &cluster)).transpose()?,
+        policies: netpol.map(|settings| netpol::plan(&settings, &cluster)).transpose()?,
+    };
     Ok(match output {
-        Output::Text => status.to_string(),
-        Output::Json => serde_json::to_string(&status)?,
+        Output::Text => {
+            let services = plan.services.as_ref().map(ToString::to_string);
+            let policies = plan.policies.as_ref().map(ToString::to_string);
+            services.into_iter().chain(policies).collect::<Vec<_>>().join("\n")
+        }
+        Output::Json => serde_json::to_string(&plan)?,
     })
+}
+
+/// The answer of `ferroute plan`: the rooms that would run.
+#[derive(serde::Serialize)]
+struct Plan {
+    /// As in `ferroute status`, at the top for those who asked before there were policies.
+    #[serde(flatten)]
+    services: Option<proxy::Status>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    policies: Option<netpol::Status>,
+}
+
+/// What the rooms that run want to know; `None` when none does.
+fn interests(node: &Arc<str>, proxy: bool, netpol: bool) -> Option<Interests> {
+    let proxy = proxy.then(|| Interests::service_proxy(node.clone()));
+    let netpol = netpol.then(|| Interests::network_policy(node.clone()));
+    match (proxy, netpol) {
+        (Some(proxy), Some(netpol)) => Some(proxy.and(netpol)),
+        (proxy, netpol) => proxy.or(netpol),
+    }
 }
 
 /// Only root may change or read the kernel's tables.
@@ -197,7 +252,17 @@ pub fn require_root() -> anyhow::Result<()> {
 }
 
 /// Where objects come from, with what can be checked before anything starts.
-fn cluster_source(source: Source, settings: &Settings) -> anyhow::Result<cluster::Source> {
+fn cluster_source(
+    source: Source,
+    proxy: Option<&Settings>,
+    netpol: Option<&netpol::Settings>,
+) -> anyhow::Result<cluster::Source> {
+    let foreign = netpol.and_then(|settings| match &settings.services {
+        netpol::Services::Own { .. } => None,
+        netpol::Services::Foreign { cluster, .. } => Some(cluster),
+    });
+    let cluster_ranges = proxy.map(|settings| &settings.cluster_ip_ranges).or(foreign);
+
     Ok(match source {
         Source::Manifests(folder) => {
             let known = std::fs::metadata(&folder).with_context(|| {
@@ -217,7 +282,7 @@ fn cluster_source(source: Source, settings: &Settings) -> anyhow::Result<cluster
         Source::Api { kubeconfig, master } => cluster::Source::Api(Access {
             kubeconfig,
             master,
-            own_cluster_ranges: settings.cluster_ip_ranges.clone(),
+            own_cluster_ranges: cluster_ranges.cloned().unwrap_or_default(),
         }),
     })
 }

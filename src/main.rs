@@ -56,6 +56,9 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Print(text) => print(&text),
         Command::Status { socket, output } => print(&line(admin::ask_status(&socket, output)?)),
+        Command::Explain { socket, output, from, to } => {
+            print(&line(admin::ask_explain(&socket, output, &from, &to)?))
+        }
         Command::CniInstall(install) => print(&cni::install::install(&install)?),
         Command::CniUninstall { conf_dir, bin_dir } => {
             let outcome = cni::install::uninstall(&conf_dir, &bin_dir, false);

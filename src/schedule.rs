@@ -80,6 +80,11 @@ impl Schedule {
         self.tables = now;
     }
 
+    /// Looks at the rules at once.
+    pub fn request_rules(&mut self, now: Instant) {
+        self.rules = now;
+    }
+
     /// What the last look at the tables cost: sets the time of the next.
     pub fn tables_cost(&mut self, cost: Duration) {
         self.tables = self.tables.min(Instant::now() + affordable(cost).min(self.period));

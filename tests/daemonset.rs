@@ -9,7 +9,10 @@ use std::path::Path;
 
 use ferroute::cluster::Interests;
 use ferroute::cluster::Kind;
-use ferroute::cluster::wire::{ApiKind, NodeObject, ServiceCidrObject, ServiceObject, SliceObject};
+use ferroute::cluster::wire::{
+    ApiKind, NamespaceObject, NetworkPolicyObject, NodeObject, PodObject, ServiceCidrObject, ServiceObject,
+    SliceObject,
+};
 use ferroute::config::{self, Command, Config, Environment};
 use serde_json::{Value, json};
 
@@ -43,12 +46,13 @@ fn config(args: &Value, address: &str) -> Config {
 }
 
 #[test]
-fn the_flags_run_the_service_proxy() {
+fn the_flags_run_what_the_name_says() {
     for name in DAEMON_SETS {
         let set = daemon_set(name);
         let container = &set["spec"]["template"]["spec"]["containers"][0];
         let config = config(&container["args"], "192.0.2.10:6443");
         assert!(config.proxy.is_some(), "{name}");
+        assert_eq!(config.netpol.is_some(), name.contains("all-features"), "{name}");
         assert_eq!(config.notices, Vec::<String>::new(), "{name}: every flag has an effect");
         // The placeholder must not get as far as a connection attempt.
         let words =
@@ -144,8 +148,11 @@ fn the_rights_are_those_the_code_uses() {
         resource::<SliceObject>(),
         resource::<NodeObject>(),
         resource::<ServiceCidrObject>(),
+        resource::<PodObject>(),
+        resource::<NamespaceObject>(),
+        resource::<NetworkPolicyObject>(),
     ]);
-    for kind in Interests::service_proxy("n1").kinds {
+    for kind in Interests::service_proxy("n1").and(Interests::network_policy("n1")).kinds {
         used.insert(watched[&kind].clone(), words(&["list", "watch"]));
     }
     assert_eq!(granted, used);

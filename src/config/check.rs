@@ -6,12 +6,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ferroute_policy::UnknownPods;
 use ipnet::IpNet;
 
 use super::command_line::{Given, Stop};
 use super::flags::{FLAGS, Kind, Room, find};
 use super::{Command, Config, Environment, Log, Metrics, Mistake, Output, Source};
 use crate::duration::GoDuration;
+use crate::netpol;
 use crate::proxy::settings::Settings;
 
 /// The daemon's command line.
@@ -70,7 +72,7 @@ impl Check<'_> {
     fn config(mut self, environment: &Environment) -> Result<Config, Stop> {
         self.types();
         let mut notices = self.given.warnings.clone();
-        let proxy = self.rooms(&mut notices);
+        let (proxy, policy) = self.rooms(&mut notices);
         let config = Config {
             source: self.source(),
             node_name: self.node_name(environment),
@@ -80,6 +82,7 @@ impl Check<'_> {
             admin_socket: self.admin_socket(),
             log: self.log(),
             proxy: None,
+            netpol: None,
             notices,
         };
         if let (Some(health), Some(metrics)) = (config.health, &config.metrics)
@@ -93,10 +96,10 @@ impl Check<'_> {
             );
         }
         let settings = self.proxy(config.node_name.clone());
-        self.policy();
+        let netpol = self.policy(&settings, proxy);
         self.routes();
         self.finish()?;
-        Ok(Config { proxy: proxy.then_some(settings), ..config })
+        Ok(Config { proxy: proxy.then_some(settings), netpol: policy.then_some(netpol), ..config })
     }
 
     fn finish(&mut self) -> Result<(), Stop> {
@@ -150,11 +153,11 @@ impl Check<'_> {
         }
     }
 
-    /// Which rooms run: whether the service proxy does, and what is refused.
-    fn rooms(&mut self, notices: &mut Vec<String>) -> bool {
+    /// Which rooms run: the service proxy, network policy; and what is refused.
+    fn rooms(&mut self, notices: &mut Vec<String>) -> (bool, bool) {
         let mut left_out = Vec::new();
         let first = notices.len();
-        for room in [Room::Policy, Room::Routes, Room::LoadBalancer] {
+        for room in [Room::Routes, Room::LoadBalancer] {
             let Some(switch) = room.switch() else { continue };
             if self.given.is_explicit(switch) {
                 if self.switch(switch) {
@@ -171,17 +174,26 @@ impl Check<'_> {
             }
             self.asked_in_vain(room, switch, notices);
         }
-        let proxy = self.switch("run-service-proxy");
-        if !proxy && !left_out.is_empty() {
+        let (proxy, policy) = (self.switch("run-service-proxy"), self.switch("run-firewall"));
+        if !proxy && !policy && !left_out.is_empty() {
             self.meaning(
-                "nothing to run: --run-service-proxy=false, and this version has no other part; \
-                 write --run-router=false --run-firewall=false as well if that is meant",
+                "nothing to run: --run-service-proxy=false and --run-firewall=false, and this version has no other \
+                 part; write --run-router=false as well if that is meant",
             );
         }
         if !left_out.is_empty() {
+            let running: Vec<&str> = [(proxy, Room::Proxy), (policy, Room::Policy)]
+                .into_iter()
+                .filter(|(runs, _)| *runs)
+                .map(|(_, room)| room.words())
+                .collect();
             notices.insert(
                 first,
-                format!("not part of this version: {}; running the service proxy only", left_out.join(", ")),
+                format!(
+                    "not part of this version: {}; running {} only",
+                    left_out.join(", "),
+                    running.join(" and ")
+                ),
             );
         }
         if !self.given.text("runtime-endpoint").is_empty() {
@@ -190,7 +202,14 @@ impl Check<'_> {
                     .to_owned(),
             );
         }
-        proxy
+        if policy && self.switch("use-nftables-for-netpol") {
+            notices.push(
+                "--use-nftables-for-netpol=true has no effect: policies are written through iptables, in the form \
+                 (nft or legacy) the host uses"
+                    .to_owned(),
+            );
+        }
+        (proxy, policy)
     }
 
     /// Flags of a room that was neither switched on nor off.
@@ -438,8 +457,38 @@ impl Check<'_> {
         u32::try_from(seconds).unwrap_or_default()
     }
 
-    fn policy(&mut self) {
-        self.period("iptables-sync-period");
+    /// Network policy; `services` are the proxy's choices, of which some tell where Services are.
+    fn policy(&mut self, services: &Settings, has_proxy: bool) -> netpol::Settings {
+        let text = self.given.text("netpol-unknown-pods").to_owned();
+        let unknown_pods = match text.as_str() {
+            "deny" => UnknownPods::Deny,
+            "allow" => UnknownPods::Allow,
+            _ => {
+                self.meaning(format!("--netpol-unknown-pods={text}: write deny or allow"));
+                UnknownPods::Deny
+            }
+        };
+        if unknown_pods == UnknownPods::Allow && self.switch("netpol-default-deny") {
+            self.meaning(
+                "--netpol-default-deny=true contradicts --netpol-unknown-pods=allow: the one closes pods until their \
+                 policies are known, the other opens them; remove one of them",
+            );
+        }
+        netpol::Settings {
+            node_name: services.node_name.clone(),
+            audit_period: self.period("iptables-sync-period"),
+            unknown_pods,
+            services: if has_proxy {
+                netpol::Services::Own { guarded: services.firewall }
+            } else {
+                netpol::Services::Foreign {
+                    cluster: services.cluster_ip_ranges.clone(),
+                    external: services.external_ip_ranges.clone(),
+                    load_balancer: services.load_balancer_ranges.clone(),
+                    node_ports: services.node_port_range.clone(),
+                }
+            },
+        }
     }
 
     /// The routing flags are checked like kube-router does, so that a mistake shows before the

@@ -38,7 +38,7 @@ impl Room {
         match self {
             Room::Daemon => "Process, API access, health, metrics, logs",
             Room::Proxy => "Service proxy",
-            Room::Policy => "Network policy (not part of this version)",
+            Room::Policy => "Network policy",
             Room::Routes => "Routes (not part of this version)",
             Room::LoadBalancer => "Load-balancer addresses (not part of this version)",
         }
@@ -68,7 +68,7 @@ impl Room {
 
     /// Whether this version has the room.
     pub(super) fn is_built(self) -> bool {
-        matches!(self, Room::Daemon | Room::Proxy)
+        matches!(self, Room::Daemon | Room::Proxy | Room::Policy)
     }
 }
 
@@ -115,9 +115,9 @@ pub(super) const FLAGS: &[Flag] = &[
     flag(Daemon, "dry-run", Switch, "false",
         "With --cleanup-config: print what would be removed, remove nothing"),
     flag(Daemon, "enable-ipv4", Switch, "true",
-        "Refuse IPv4 ranges when false; the service proxy itself follows the node's addresses"),
+        "Refuse IPv4 ranges when false; Services and policies follow the addresses that are there"),
     flag(Daemon, "enable-ipv6", Switch, "false",
-        "Refuse IPv6 ranges when explicitly false; the service proxy itself follows the node's addresses"),
+        "Refuse IPv6 ranges when explicitly false; Services and policies follow the addresses that are there"),
     flag(Daemon, "enable-pprof", Switch, "false",
         "Refused when true: there are no Go profiles here; see /metrics"),
     flag(Daemon, "health-addr", Text, "127.0.0.1",
@@ -141,7 +141,7 @@ pub(super) const FLAGS: &[Flag] = &[
     flag(Daemon, "metrics-port", PORT, "0",
         "Port of the metrics server; 0 turns it off"),
     flag(Daemon, "run-firewall", Switch, "true",
-        "Network policy; not part of this version: off unless set, refused when set to true"),
+        "Network policy"),
     flag(Daemon, "run-loadbalancer", Switch, "false",
         "Load-balancer address assignment; not part of this version: refused when true"),
     flag(Daemon, "run-router", Switch, "true",
@@ -187,15 +187,17 @@ pub(super) const FLAGS: &[Flag] = &[
         "Refuse external and load-balancer IPs outside their ranges"),
 
     flag(Policy, "cni-conf-dir", Text, "",
-        "Keep the CNI plugin in the network configuration of this folder, such as /etc/cni/net.d; empty leaves it alone").asking(),
+        "Keep the CNI plugin in the network configuration of this folder, such as /etc/cni/net.d; empty leaves it alone"),
     flag(Policy, "cni-socket", Text, crate::cni::SOCKET,
         "Unix socket of the CNI plugin; root only; empty turns it off"),
     flag(Policy, "iptables-sync-period", Duration, "5m0s",
         "Period of the full policy audit"),
     flag(Policy, "netpol-default-deny", Switch, "false",
-        "Close pods until their policies are known").asking(),
+        "Close pods until their policies are known: what --netpol-unknown-pods=deny, the default here, does anyway"),
+    flag(Policy, "netpol-unknown-pods", Text, "deny",
+        "Addresses in this node's pod networks that no known pod has: `deny` closes them, `allow` leaves them open"),
     flag(Policy, "use-nftables-for-netpol", Switch, "false",
-        "nftables back-end for network policy").asking(),
+        "No effect: policies are written through iptables, in the form (nft or legacy) the host uses"),
 
     flag(Routes, "advertise-cluster-ip", Switch, "false",
         "Advertise cluster IPs to external peers").asking(),

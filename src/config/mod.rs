@@ -24,6 +24,7 @@ use command_line::Stop;
 use flags::{Flag, Kind, Room};
 
 use crate::cni::install::Install;
+use crate::netpol;
 use crate::proxy::settings::Settings;
 
 /// What the user wants done.
@@ -51,6 +52,17 @@ pub enum Command {
         socket: PathBuf,
         /// How to print it.
         output: Output,
+    },
+    /// `ferroute explain`: whether a connection is allowed, and why.
+    Explain {
+        /// The daemon's socket.
+        socket: PathBuf,
+        /// How to print it.
+        output: Output,
+        /// A pod, address or node.
+        from: String,
+        /// The same with a port.
+        to: String,
     },
     /// `ferroute cni install`: the CNI plugin onto this host.
     CniInstall(Install),
@@ -84,6 +96,8 @@ pub struct Config {
     pub log: Log,
     /// The service proxy's choices; `None` when it is off.
     pub proxy: Option<Settings>,
+    /// Network policy's choices; `None` when it is off.
+    pub netpol: Option<netpol::Settings>,
     /// What the user should know about the flags, as whole sentences.
     pub notices: Vec<String>,
 }
@@ -182,10 +196,11 @@ impl fmt::Display for Mistakes {
 
 impl std::error::Error for Mistakes {}
 
-const ABOUT: &str = "One Kubernetes node network agent: Services through IPVS.\n\n\
+const ABOUT: &str = "One Kubernetes node network agent: Services through IPVS, network policy through iptables.\n\n\
     ferroute [FLAGS]          run the daemon (as root)\n\
     ferroute status [FLAGS]   what the running daemon wants, what the kernel has, the difference\n\
     ferroute plan [FLAGS]     what a daemon with these flags would change; writes nothing\n\
+    ferroute explain FROM TO:PORT  whether policies allow a connection, and what the kernel does with it\n\
     ferroute cni install      the CNI plugin onto this host: pods start when their policy is in force\n\
     ferroute cni uninstall    the CNI plugin off this host\n\n\
     Flags are compatible with kube-router's. Durations are Go's (1m30s), lists go by comma or repetition.";
@@ -224,6 +239,7 @@ pub fn parse(words: Vec<OsString>, environment: &Environment) -> Result<Command,
             let output = check::output(&given)?;
             Ok(Command::Plan { config: Box::new(check::config(&given, environment)?), output })
         }),
+        Some("explain") => explain(words.into_iter().skip(1).collect()),
         Some("cni") => cni::command(words.into_iter().skip(1).collect()),
         _ => command_line::read("ferroute", ABOUT, |_| true, &[], words)
             .and_then(|given| check::command(&given, environment)),
@@ -233,6 +249,50 @@ pub fn parse(words: Vec<OsString>, environment: &Environment) -> Result<Command,
         Err(Stop::Print(text)) => Ok(Command::Print(text)),
         Err(Stop::Wrong(mistakes)) => Err(Mistakes(mistakes)),
     }
+}
+
+/// Reads the words behind `explain`: two ends, and flags around them.
+fn explain(words: Vec<OsString>) -> Result<Command, Stop> {
+    let (flags, ends): (Vec<OsString>, Vec<OsString>) = split_ends(words);
+    let given = command_line::read(
+        "ferroute explain",
+        "Whether policies allow a connection, which of them decide, and what this node's kernel really does with its \
+         first packet.\n\nferroute explain FROM TO:PORT[/PROTOCOL]\n\nFROM and TO are a pod (NAMESPACE/NAME), an \
+         address ([v6] before a port) or a node; PORT is a number or a name of the pod's.",
+        |flag| flag.name == "admin-socket",
+        &[OUTPUT],
+        flags,
+    )?;
+    let output = check::output(&given)?;
+    let text = |word: &OsString| word.to_string_lossy().into_owned();
+    match ends.as_slice() {
+        [from, to] => {
+            let (from, to) = (text(from), text(to));
+            netpol::Question::parse(&from, &to)
+                .map_err(|error| Stop::Wrong(vec![Mistake::usage(format!("explain: {error}"))]))?;
+            let socket = PathBuf::from(given.text("admin-socket"));
+            Ok(Command::Explain { socket, output, from, to })
+        }
+        _ => Err(Stop::Wrong(vec![Mistake::usage(
+            "explain: write `ferroute explain FROM TO:PORT`, for example `ferroute explain shop/cart shop/db:5432`",
+        )])),
+    }
+}
+
+/// Words that begin with a dash, with the value of `-o`, from the others.
+fn split_ends(words: Vec<OsString>) -> (Vec<OsString>, Vec<OsString>) {
+    let (mut flags, mut ends) = (Vec::new(), Vec::new());
+    let mut takes_value = false;
+    for word in words {
+        let is_flag = word.to_string_lossy().starts_with('-');
+        if is_flag || std::mem::take(&mut takes_value) {
+            takes_value = is_flag && ["-o", "--output", "--admin-socket"].iter().any(|flag| word == *flag);
+            flags.push(word);
+        } else {
+            ends.push(word);
+        }
+    }
+    (flags, ends)
 }
 
 #[cfg(test)]

@@ -118,7 +118,15 @@ const OTHER_DEFAULTS: &[(&str, &str)] =
     &[("health-addr", "127.0.0.1"), ("ipvs-graceful-termination", "true")];
 
 /// Flags that kube-router does not have.
-const OURS: &[&str] = &["cni-conf-dir", "cni-socket", "admin-socket", "dry-run", "log-format", "manifests"];
+const OURS: &[&str] = &[
+    "netpol-unknown-pods",
+    "cni-conf-dir",
+    "cni-socket",
+    "admin-socket",
+    "dry-run",
+    "log-format",
+    "manifests",
+];
 
 #[test]
 fn every_flag_of_kube_router_exists_with_its_kind_and_default() {
@@ -142,7 +150,7 @@ fn every_flag_of_kube_router_exists_with_its_kind_and_default() {
 fn every_default_may_be_restated() {
     for flag in FLAGS {
         let restated = format!("--{}={}", flag.name, flag.default);
-        if ["run-router", "run-firewall", "service-cluster-ip-range"].contains(&flag.name) {
+        if ["run-router", "service-cluster-ip-range"].contains(&flag.name) {
             continue; // Switching an absent room on is refused: tested below.
         }
         if ["manifests", "kubeconfig", "master", "hostname-override"].contains(&flag.name) {
@@ -206,9 +214,9 @@ fn defaults_of_the_service_proxy() {
     );
     assert_eq!(
         config.notices,
-        ["not part of this version: network policy, routes and BGP; running the service proxy only"]
+        ["not part of this version: routes and BGP; running the service proxy and network policy only"]
     );
-    assert_eq!(run("--run-router=false --run-firewall=false").notices, Vec::<String>::new());
+    assert_eq!(run("--run-router=false").notices, Vec::<String>::new());
 }
 
 #[test]
@@ -476,18 +484,14 @@ fn absent_rooms_are_refused_only_when_asked_for() {
     for line in [
         "--run-router=true",
         "--run-router",
-        "--run-firewall=true",
         "--run-loadbalancer",
         "--advertise-cluster-ip=true",
         "--advertise-external-ip",
         "--advertise-loadbalancer-ip=1",
-        "--netpol-default-deny",
-        "--use-nftables-for-netpol=true",
         "--enable-bfd",
         "--peer-router-ips=192.0.2.1 --peer-router-asns=64512",
         "--peer-router-passwords-file=/x",
-        "--run-service-proxy=false",
-        "--run-service-proxy=false --run-router=false",
+        "--run-service-proxy=false --run-firewall=false",
     ] {
         let (code, text) = refused(line);
         assert_eq!(code, 1, "{line}: {text}");
@@ -498,11 +502,10 @@ fn absent_rooms_are_refused_only_when_asked_for() {
         "--run-router=false --run-firewall=false --run-loadbalancer=false",
         "--advertise-cluster-ip=false",
         "--advertise-pod-cidr=true",
-        "--netpol-default-deny=false",
         "--bgp-holdtime=90s",
         "--peer-router-ips=",
         "--run-router=false --advertise-cluster-ip=true",
-        "--run-firewall=false --netpol-default-deny=true",
+        "--run-firewall=false --netpol-default-deny=true --use-nftables-for-netpol",
     ] {
         let config = run(line);
         assert!(!config.notices.iter().any(|notice| notice.contains("no effect")), "{line}: {config:?}");
@@ -511,13 +514,82 @@ fn absent_rooms_are_refused_only_when_asked_for() {
     assert_eq!(
         config.notices,
         [
-            "not part of this version: network policy, routes and BGP; running the service proxy only",
-            "no effect, because network policy is not part of this version: --iptables-sync-period",
+            "not part of this version: routes and BGP; running the service proxy and network policy only",
             "no effect, because routes and BGP is not part of this version: --bgp-graceful-restart --cluster-asn",
         ]
     );
     let idle = run("--run-service-proxy=false --run-router=false --run-firewall=false");
-    assert_eq!(idle.proxy, None);
+    assert_eq!((idle.proxy, idle.netpol), (None, None));
+    let nft = run("--run-router=false --use-nftables-for-netpol");
+    assert!(nft.notices[0].contains("has no effect"), "{nft:?}");
+}
+
+#[test]
+fn every_flag_of_network_policy_arrives() {
+    use ferroute_policy::UnknownPods;
+    let netpol = |line: &str| run(line).netpol.unwrap();
+    assert_eq!(
+        netpol(""),
+        netpol::Settings {
+            node_name: "worker-1".into(),
+            audit_period: Duration::from_secs(300),
+            unknown_pods: UnknownPods::Deny,
+            services: netpol::Services::Own { guarded: true },
+        }
+    );
+    assert_eq!(
+        netpol(
+            "--run-service-proxy=false --iptables-sync-period=1m --netpol-unknown-pods=allow \
+             --service-cluster-ip-range=10.0.0.0/16 --service-external-ip-range=198.51.100.0/24 \
+             --loadbalancer-ip-range=203.0.113.0/24 --service-node-port-range=20000-20010"
+        ),
+        netpol::Settings {
+            node_name: "worker-1".into(),
+            audit_period: Duration::from_secs(60),
+            unknown_pods: UnknownPods::Allow,
+            services: netpol::Services::Foreign {
+                cluster: vec!["10.0.0.0/16".parse().unwrap()],
+                external: vec!["198.51.100.0/24".parse().unwrap()],
+                load_balancer: vec!["203.0.113.0/24".parse().unwrap()],
+                node_ports: 20000..=20010,
+            },
+        }
+    );
+    assert_eq!(
+        netpol("--netpol-default-deny --ipvs-permit-all=false").services,
+        netpol::Services::Own { guarded: false }
+    );
+    assert_eq!(run("--run-firewall=false").netpol, None);
+    for (line, part) in [
+        ("--netpol-unknown-pods=open", "write deny or allow"),
+        ("--netpol-default-deny --netpol-unknown-pods=allow", "contradicts"),
+    ] {
+        let (code, text) = refused(line);
+        assert!(code == 1 && text.contains(part), "{line}: {text}");
+    }
+}
+
+#[test]
+fn explain_takes_two_ends() {
+    match parse_line("explain -o json shop/cart --admin-socket=/run/x.sock shop/db:5432/tcp") {
+        Ok(Command::Explain { socket, output, from, to }) => {
+            assert_eq!((socket, output), (PathBuf::from("/run/x.sock"), Output::Json));
+            assert_eq!((from.as_str(), to.as_str()), ("shop/cart", "shop/db:5432/tcp"));
+        }
+        other => panic!("{other:?}"),
+    }
+    for (line, part) in [
+        ("explain", "FROM TO:PORT"),
+        ("explain a/b", "FROM TO:PORT"),
+        ("explain a/b c/d", "has no port"),
+        ("explain a/b c/d:80 e/f:80", "FROM TO:PORT"),
+        ("explain a/b c/d:80 --master=x", "--master"),
+        ("explain a/b c/d:80 -o xml", "json"),
+    ] {
+        let (code, text) = refused(line);
+        assert!(code == 2 && text.contains(part), "{line}: {text}");
+    }
+    assert!(matches!(parse_line("explain --help"), Ok(Command::Print(text)) if text.contains("PROTOCOL")));
 }
 
 #[test]

@@ -24,6 +24,7 @@ use super::settings::{Services, Settings};
 use super::starting::{NotProgrammed, Starting};
 use super::status::Status;
 use super::view::{Request, Shared, View, lock};
+use crate::chains;
 use crate::cluster::service::Problem;
 use crate::cluster::{Dirty, Interests, Kind, ObjectKey, Subscription};
 use crate::proxy::sets::{Role, SetId};
@@ -70,6 +71,9 @@ pub struct Room {
     schedule: Schedule,
     /// The kernel has been read and made right once since everything was listed.
     adopted: bool,
+    /// Writes of chains in this process when ours were last made right, and our own so far.
+    chain_writes: u64,
+    own_writes: u64,
     /// The last pass was clean: what differs from it now was changed by somebody else.
     trusted: bool,
 }
@@ -113,6 +117,8 @@ impl Room {
             forget_cost: Duration::ZERO,
             schedule,
             adopted: false,
+            chain_writes: 0,
+            own_writes: 0,
             trusted: false,
         };
         Ok((room, view))
@@ -162,6 +168,10 @@ impl Room {
             if !touched.is_empty() {
                 worked = true;
                 clean = self.pass(Scope::Touched(touched));
+            }
+            if self.chain_writes != chains::writes() {
+                // The proxy may have put its jump in front of ours.
+                self.schedule.request_rules(started);
             }
             if let Some(due) = self.schedule.take_due(started) {
                 worked = true;
@@ -348,11 +358,17 @@ impl Room {
         clean &= made.clean;
         let begun = Instant::now();
         let mut written = true;
+        let (before_it, own_before) = (chains::writes(), self.own_writes);
+        let others = self.chain_writes != before_it;
         for family in self.kernel.families().to_vec() {
             let changes = if whole { None } else { Some(chains.get(&family).cloned().unwrap_or_default()) };
             written &= self.write_chains(family, changes, is_audit);
         }
         lock(&self.shared.numbers.chains_time).observe(begun.elapsed());
+        if whole || !others {
+            // Not as it is now: another room may have written since ours.
+            self.chain_writes = before_it + (self.own_writes - own_before);
+        }
         if written {
             if whole {
                 self.unwritten.clear();
@@ -428,10 +444,11 @@ impl Room {
         false
     }
 
-    fn wrote(&self, family: Family, plan: &Plan, is_audit: bool) {
+    fn wrote(&mut self, family: Family, plan: &Plan, is_audit: bool) {
         if plan.is_empty() {
             return;
         }
+        self.own_writes += 1;
         self.shared.count(|numbers| &numbers.chain_writes, 1);
         if is_audit {
             let count =
