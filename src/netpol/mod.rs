@@ -33,35 +33,38 @@ pub use starting::{NotProgrammed, StartingPod};
 pub use status::Status;
 pub use view::View;
 
+use ferroute_iptables::Family;
 use ferroute_policy::Index;
 
 use crate::cluster::{Cluster, State};
 
-/// Everything that the cluster says goes into the index; what changed shows when it is settled.
-fn fill(index: &mut Index, settings: &Settings, state: &State, starting: &starting::Starting) {
+/// What this node's kernel must hold for everything that the cluster says.
+pub fn desired(settings: &Settings, state: &State, families: &[Family]) -> Index {
+    let mut index = Index::new(gather::options(settings, families));
+    let starting = starting::Starting::default();
     index.set_pod_networks(gather::pod_networks(state, &settings.node_name));
     for (name, namespace) in &state.namespaces {
         index.put_namespace(name, Some(namespace.labels.clone()));
     }
     for (key, pod) in &state.pods {
-        index.put_pod(&gather::key(key), gather::pod(pod, &settings.node_name, starting));
+        index.put_pod(&gather::key(key), gather::pod(pod, &settings.node_name, &starting));
     }
     for (key, policy) in &state.network_policies {
         index.put_policy(&gather::key(key), Some(policy.policy.clone()));
     }
+    index.settle();
+    index
 }
 
 /// What a pass would write now, without writing: reads the kernel once and compares.
 pub fn plan(settings: &Settings, cluster: &Cluster) -> Result<Status, Error> {
     let mut kernel = kernel::Kernel::open_to_read()?;
-    let mut index = Index::new(gather::options(settings, kernel.families()));
-    let starting = starting::Starting::default();
-    let networks = {
+    let (index, networks) = {
         let state = cluster.read();
-        fill(&mut index, settings, &state, &starting);
-        gather::pod_networks(&state, &settings.node_name)
+        let networks = gather::pod_networks(&state, &settings.node_name);
+        (desired(settings, &state, kernel.families()), networks)
     };
-    index.settle();
+    let starting = starting::Starting::default();
     let mut excluded = exclude::Excluded::default();
     Ok(Status::gather(settings, &networks, &index, &mut kernel, &mut excluded, &starting, None))
 }
