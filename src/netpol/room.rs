@@ -311,20 +311,24 @@ impl Room {
                 (ordered, (!touched.chains.is_empty()).then(|| self.chain_changes(&touched.chains)))
             }
             Scope::All { chains } => {
-                let mut ordered = order::whole(&self.mirror, self.index.sets());
-                if self.adopted && !*chains {
-                    // What cannot be made is tried again with the chains, less often.
-                    let missing: BTreeSet<_> = self.excluded.sets().copied().collect();
-                    ordered.before.retain(|change| !missing.contains(&change.set()));
-                    ordered.gates.retain(|change| !missing.contains(&change.set()));
-                }
-                (ordered, chains.then(BTreeMap::new))
+                (order::whole(&self.mirror, self.index.sets()), chains.then(BTreeMap::new))
             }
         };
         let is_audit = matches!(scope, Scope::All { .. }) && self.trusted;
-        if is_audit && !ordered.is_empty() {
-            self.shared.count(|numbers| &numbers.drift, ordered.len());
-            tracing::warn!(changes = ?ordered.describe(), "ipsets differed from what was programmed, repairing");
+        if is_audit {
+            // What could not be made is no drift; it is tried again with the chains, less often.
+            let missing: BTreeSet<_> = self.excluded.sets().copied().collect();
+            let again: Vec<Change> =
+                ordered.before.extract_if(.., |change| missing.contains(&change.set())).collect();
+            if !ordered.is_empty() {
+                self.shared.count(|numbers| &numbers.drift, ordered.len());
+                tracing::warn!(
+                    changes = ?ordered.describe(), "ipsets differed from what was programmed, repairing"
+                );
+            }
+            if chains.is_some() {
+                ordered.before.extend(again);
+            }
         }
         let mut clean = true;
         if !ordered.retype.is_empty() {
@@ -498,13 +502,16 @@ impl Room {
 
     /// Notes that the kernel refused a change; whether everything else can go on as if it were made.
     fn set_refused(&mut self, failure: &ipset::Failed) -> bool {
+        let was_told = self.excluded.sets().any(|set| *set == failure.set);
         let can_be_missed = match failure.action {
             "create" => self.excluded.add_set(failure.set, failure.refusal.to_string()),
             // Its creation was refused, which was told.
-            "add to" => self.excluded.sets().any(|set| *set == failure.set),
+            "add to" => was_told,
             _ => false,
         };
-        tracing::warn!(error = %failure, can_be_missed, "ipset change refused");
+        if !was_told {
+            tracing::warn!(error = %failure, can_be_missed, "ipset change refused");
+        }
         if !can_be_missed {
             self.shared.error(failure);
         }
