@@ -7,6 +7,7 @@
 //! - [`starting`]: pods whose network is being made, before the API server knows their addresses. Pure.
 //! - [`order`]: in which order sets and chains change. Pure.
 //! - [`exclude`]: what this kernel cannot take, left out so that the rest is enforced. Pure.
+//! - [`hold`]: what stays as it was found while an object cannot be read. Pure.
 //! - [`explain`]: whether a connection is allowed, by meaning and by the kernel. Pure.
 //! - `room`: the thread that wakes, compares and applies through `kernel`.
 
@@ -14,6 +15,7 @@ mod error;
 pub mod exclude;
 pub mod explain;
 pub mod gather;
+pub mod hold;
 mod kernel;
 mod metrics;
 pub mod order;
@@ -66,5 +68,9 @@ pub fn plan(settings: &Settings, cluster: &Cluster) -> Result<Status, Error> {
     };
     let starting = starting::Starting::default();
     let mut excluded = exclude::Excluded::default();
-    Ok(Status::gather(settings, &networks, &index, &mut kernel, &mut excluded, &starting, None))
+    let mut hold = hold::Hold::default();
+    if hold::is_blind(&cluster.read()) {
+        hold = hold::Hold::begin(&kernel.read_sets()?, index.sets());
+    }
+    Ok(Status::gather(settings, &networks, &index, &mut kernel, &mut excluded, &starting, &hold))
 }

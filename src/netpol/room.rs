@@ -18,6 +18,7 @@ use super::error::Error;
 use super::exclude::Excluded;
 use super::explain::{self, Answer, KernelState, Question, Unanswerable};
 use super::gather;
+use super::hold::{self, Hold};
 use super::kernel::Kernel;
 use super::order::{self, Ordered};
 use super::settings::{Services, Settings};
@@ -58,6 +59,7 @@ pub struct Room {
     networks: Vec<IpNet>,
     starting: Starting,
     excluded: Excluded,
+    hold: Hold,
     /// Policies that were told they are not enforced as written.
     troubled: BTreeSet<Key>,
     /// Changes taken from the cluster that no pass has looked at yet.
@@ -109,6 +111,7 @@ impl Room {
             networks: Vec::new(),
             starting: Starting::default(),
             excluded: Excluded::default(),
+            hold: Hold::default(),
             troubled: BTreeSet::new(),
             pending: Dirty::default(),
             unwritten: BTreeSet::new(),
@@ -157,6 +160,13 @@ impl Room {
     fn turn(&mut self, started: Instant) {
         let dirty = std::mem::take(&mut self.pending);
         self.take_changes(&dirty);
+        if !self.hold.is_empty() && !hold::is_blind(&self.subscription.cluster().read()) {
+            tracing::info!("everything can be read; nothing is held any more");
+            self.hold = Hold::default();
+            self.schedule.request_full(started);
+            // What goes now was ours to keep, not a stranger's to change.
+            self.trusted = false;
+        }
         let touched = self.index.settle();
         self.forget_flows(started);
         let mut worked = false;
@@ -224,6 +234,11 @@ impl Room {
                 let kept = |ip: &&IpAddr| pod.as_ref().is_some_and(|pod| pod.ips.contains(ip));
                 self.gone.extend(before.ips.iter().filter(|ip| !kept(ip)));
             }
+            if let Some(pod) =
+                pod.as_ref().filter(|_| !self.hold.is_empty() && self.index.pod(&key).is_none())
+            {
+                pod.ips.iter().for_each(|ip| self.hold.release(*ip));
+            }
             self.index.put_pod(&key, pod);
         }
         for object in &dirty.network_policies {
@@ -241,6 +256,16 @@ impl Room {
         match self.kernel.read_sets() {
             Ok(sets) => self.mirror = sets,
             Err(error) => return self.failed_to("read ipsets", &error),
+        }
+        if hold::is_blind(&self.subscription.cluster().read()) {
+            self.hold = Hold::begin(&self.mirror, self.index.sets());
+            if !self.hold.is_empty() {
+                tracing::warn!(
+                    held = ?self.hold.describe(),
+                    "something that decides about pods cannot be read; pods that were isolated stay so until it is \
+                     mended or gone"
+                );
+            }
         }
         let clean = self.pass(Scope::All { chains: true });
         // What failed is compared again soon; it does not keep events from being handled.
@@ -314,6 +339,7 @@ impl Room {
                 (order::whole(&self.mirror, self.index.sets()), chains.then(BTreeMap::new))
             }
         };
+        self.hold.keep(&mut ordered);
         let is_audit = matches!(scope, Scope::All { .. }) && self.trusted;
         if is_audit {
             // What could not be made is no drift; it is tried again with the chains, less often.
@@ -340,6 +366,7 @@ impl Room {
                 Err(error) => return self.failed_to("read ipsets", &error),
             }
             ordered = order::whole(&self.mirror, self.index.sets());
+            self.hold.keep(&mut ordered);
             // The chains went with the sets.
             chains = Some(BTreeMap::new());
         }
@@ -625,8 +652,10 @@ impl Room {
                         &mut self.kernel,
                         &mut self.excluded,
                         &self.starting,
-                        self.shared.last_clean_pass(),
+                        &self.hold,
                     );
+                    status.last_clean_pass_seconds =
+                        self.shared.last_clean_pass().map(|at| at.elapsed().as_secs_f64());
                     status.errors.extend(self.shared.last_error());
                     // The asker may have given up waiting.
                     let _ = reply.send(status);
@@ -794,6 +823,7 @@ fn merge(pending: &mut Dirty, more: Dirty) {
     pending.network_policies.extend(more.network_policies);
     pending.nodes.extend(more.nodes);
     pending.listed |= more.listed;
+    pending.unreadable |= more.unreadable;
     pending.since = pending.since.into_iter().chain(more.since).min();
 }
 

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Instant;
 
 use ferroute_iptables::{Family, TableName};
 use ferroute_policy::{Direction, Index, UnknownPods};
 use serde::Serialize;
 
 use super::exclude::Excluded;
+use super::hold::Hold;
 use super::kernel::Kernel;
 use super::order;
 use super::settings::Settings;
@@ -42,6 +42,8 @@ pub struct Status {
     pub last_clean_pass_seconds: Option<f64>,
     /// Sets and rules that this kernel cannot take, and why; what they would allow is refused.
     pub left_out: Vec<String>,
+    /// Pods that stay as they were found at the start, while an object cannot be read.
+    pub held: Vec<String>,
     /// What would be written now to make actual equal desired; empty when they agree.
     pub difference: Vec<String>,
     /// What could not be read, and what failed last.
@@ -70,7 +72,7 @@ impl Status {
         kernel: &mut Kernel,
         excluded: &mut Excluded,
         starting: &Starting,
-        last_clean_pass: Option<Instant>,
+        hold: &Hold,
     ) -> Self {
         let mut status = Self {
             iptables: kernel.variant(),
@@ -80,7 +82,7 @@ impl Status {
             enforced_policies: index.enforced_policies().map(ToString::to_string).collect(),
             isolated: isolated(index),
             starting: starting.waiting().map(ToString::to_string).collect(),
-            last_clean_pass_seconds: last_clean_pass.map(|at| at.elapsed().as_secs_f64()),
+            held: hold.describe(),
             left_out: excluded.describe(),
             ..Self::default()
         };
@@ -92,6 +94,7 @@ impl Status {
                 // What cannot be made is told already.
                 let missing: Vec<_> = excluded.sets().copied().collect();
                 changes.before.retain(|change| !missing.contains(&change.set()));
+                hold.keep(&mut changes);
                 status.difference = changes.describe();
             }
             Err(error) => status.errors.push(error.to_string()),
@@ -185,6 +188,9 @@ impl fmt::Display for Status {
         }
         for line in &self.left_out {
             writeln!(f, "left out, this kernel cannot take it: {line}")?;
+        }
+        for line in &self.held {
+            writeln!(f, "held: {line}")?;
         }
         for error in &self.errors {
             writeln!(f, "error: {error}")?;
