@@ -753,26 +753,178 @@ fn a_pod_start_costs_set_entries_and_a_held_lock_holds_back_chains_only() {
     in_sync(&lab, 1);
 }
 
+/// What NFLOG delivers to whoever listens on a group (linux/netfilter/nfnetlink_log.h): source and
+/// destination address, and destination port.
+struct Logged(ferroute_netlink::Socket);
+
+impl Logged {
+    fn listen(node: &Netns, group: u16) -> Self {
+        // NFNL_SUBSYS_ULOG, NFULNL_MSG_CONFIG.
+        const CONFIG: u16 = 4 << 8 | 1;
+        let socket = node.run(|| {
+            let mut socket = ferroute_netlink::Socket::open(ferroute_netlink::Protocol::Netfilter).unwrap();
+            let mut batch = ferroute_netlink::Batch::new();
+            let header = [0, 0, (group >> 8) as u8, group as u8];
+            batch.message(CONFIG, 0, |body| {
+                body.raw(&header);
+                body.u8(1, 1); // NFULA_CFG_CMD: NFULNL_CFG_CMD_BIND
+            });
+            batch.message(CONFIG, 0, |body| {
+                body.raw(&header);
+                body.bytes(2, &[0, 0, 0, 128, 2, 0]); // NFULA_CFG_MODE: 128 bytes, NFULNL_COPY_PACKET
+            });
+            let failures = socket.execute(&batch).unwrap();
+            assert!(failures.is_empty(), "{failures:?}");
+            socket
+        });
+        Self(socket)
+    }
+
+    fn take(&mut self) -> Vec<(IpAddr, IpAddr, u16)> {
+        let mut packets = Vec::new();
+        let mut event = |kind: u16, payload: &[u8]| {
+            if kind != 4 << 8 {
+                return;
+            }
+            for attribute in ferroute_netlink::attributes(&payload[4..]).map_while(Result::ok) {
+                // NFULA_PAYLOAD
+                if attribute.kind != 9 {
+                    continue;
+                }
+                let p = attribute.payload;
+                let port = |at: usize| u16::from_be_bytes([p[at + 2], p[at + 3]]);
+                packets.push(if p[0] >> 4 == 4 {
+                    let ip = |at: usize| IpAddr::from(<[u8; 4]>::try_from(&p[at..at + 4]).unwrap());
+                    (ip(12), ip(16), port(usize::from(p[0] & 15) * 4))
+                } else {
+                    let ip = |at: usize| IpAddr::from(<[u8; 16]>::try_from(&p[at..at + 16]).unwrap());
+                    (ip(8), ip(24), port(40))
+                });
+            }
+        };
+        self.0.receive_events(Some(Duration::from_millis(200)), &mut event).unwrap();
+        packets
+    }
+}
+
 #[test]
 fn refused_packets_are_logged() {
     let mut lab = alone();
     let (a, c) = (shop(&lab, "a"), shop(&lab, "c"));
     only_from_b(&lab);
     lab.start_daemons(&FLAGS);
-    for ip in &a.ips {
+    let mut logged = Logged::listen(&lab.node(1).netns, 100);
+    for (ip, own) in a.ips.iter().zip(&c.ips) {
         expect(c.netns(), Protocol::Tcp, SocketAddr::new(*ip, 8080), false);
+        let mut seen = Vec::new();
+        eventually("the refused packet is delivered", SOON, || {
+            seen.extend(logged.take());
+            if seen.contains(&(*own, *ip, 8080)) { Ok(()) } else { Err(format!("{seen:?}")) }
+        });
     }
     let kernel = kernel::require().unwrap();
     for program in [kernel.iptables, kernel.ip6tables()] {
         let rules = lab.node(1).exec(program, &["-nvxL"]).unwrap();
-        let logged: u64 = rules
-            .lines()
-            .filter(|line| line.contains("NFLOG") && line.contains("nflog-group 100"))
-            .filter_map(|line| line.split_whitespace().next()?.parse::<u64>().ok())
-            .sum();
-        assert!(logged >= 1, "{program}: {rules}");
         assert!(rules.contains("limit: avg 10/min burst 10"), "{program}: {rules}");
     }
+}
+
+#[test]
+fn flows_end_with_their_pod() {
+    let mut lab = alone();
+    let (a, b) = (shop(&lab, "a"), shop(&lab, "b"));
+    only_from_b(&lab);
+    lab.start_daemons(&FLAGS);
+    let flows = |ip: &IpAddr| {
+        let family = if ip.is_ipv4() { "ipv4" } else { "ipv6" };
+        let table = lab.node(1).exec("conntrack", &["-L", "-f", family]).unwrap();
+        table.lines().filter(|line| line.contains(&format!("src={ip} "))).count()
+    };
+    for (ip, own) in a.ips.iter().zip(&b.ips) {
+        expect(b.netns(), Protocol::Tcp, SocketAddr::new(*ip, 8080), true);
+        assert!(flows(own) > 0, "the flow is tracked, at least as one that ended");
+    }
+    lab.server.remove_unchecked("pods", "shop", "b").unwrap();
+    for own in &b.ips {
+        eventually(&format!("flows of {own} are forgotten"), SOON, || {
+            let left = flows(own);
+            if left == 0 { Ok(()) } else { Err(left.to_string()) }
+        });
+    }
+    assert!(lab.metric(1, "ferroute_netpol_flows_forgotten_total") >= 2.0);
+}
+
+#[test]
+fn a_policy_that_cannot_be_read_after_a_restart_opens_nothing() {
+    let cluster = Cluster::builder().nodes(1).build().unwrap();
+    let node = &cluster.nodes[0];
+    let folder = std::env::temp_dir().join(format!("ferroute-hold-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let write = |name: &str, object: &Value| {
+        std::fs::write(folder.join(name), serde_json::to_string_pretty(object).unwrap()).unwrap();
+    };
+    let pods: Vec<Pod> = ["a", "b", "c"]
+        .into_iter()
+        .map(|name| {
+            let pod = node.start_pod(PodSpec::new(name).namespace("shop").ports(POD_PORTS)).unwrap();
+            write(&format!("pod-{name}.json"), &pod_object(&pod, json!({"app": name})));
+            pod
+        })
+        .collect();
+    write("node.json", &node.object());
+    write("namespace.json", &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}}));
+    let policy = |operator: &str| {
+        json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+            "metadata": {"name": "only-b", "namespace": "shop"},
+            "spec": {
+                "podSelector": {"matchExpressions": [{"key": "app", "operator": operator, "values": ["a"]}]},
+                "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "b"}}}]}],
+            },
+        })
+    };
+    write("policy.json", &policy("In"));
+    let manifests = format!("--manifests={}", folder.display());
+    let mut daemon =
+        Daemon::ferroute(node, PROGRAM, &[&manifests, FLAGS[0], FLAGS[1], "--run-service-proxy=false"])
+            .unwrap();
+    daemon.wait_ready(SOON).unwrap();
+    let (a, b, c) = (&pods[0], &pods[1], &pods[2]);
+    let to = SocketAddr::new(a.ipv4().unwrap(), 8080);
+    expect(c.netns(), Protocol::Tcp, to, false);
+    expect(b.netns(), Protocol::Tcp, to, true);
+    // Broken while it runs: the last good state stays.
+    write("policy.json", &policy("Near"));
+    std::thread::sleep(Duration::from_secs(2));
+    expect(c.netns(), Protocol::Tcp, to, false);
+    expect(b.netns(), Protocol::Tcp, to, true);
+    // And across a restart its pods stay isolated, though what it allowed is not known.
+    daemon.terminate(SOON).unwrap();
+    daemon.start().unwrap();
+    daemon.wait_ready(SOON).unwrap();
+    for _ in 0..10 {
+        assert!(c.ask(Protocol::Tcp, to, MISSED).answer().is_none());
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    assert!(b.ask(Protocol::Tcp, to, MISSED).answer().is_none());
+    expect(a.netns(), Protocol::Tcp, SocketAddr::new(c.ipv4().unwrap(), 8080), true);
+    let said = node
+        .netns
+        .run(|| {
+            std::process::Command::new(PROGRAM)
+                .args(["status", &format!("--admin-socket={}", Daemon::admin_socket(node))])
+                .output()
+        })
+        .unwrap();
+    let said = String::from_utf8(said.stdout).unwrap();
+    assert!(said.contains("stays isolated") && said.contains("InvalidSelector"), "{said}");
+    // Mended: judged like all others.
+    write("policy.json", &policy("In"));
+    expect(b.netns(), Protocol::Tcp, to, true);
+    expect(c.netns(), Protocol::Tcp, to, false);
+    std::fs::remove_file(folder.join("policy.json")).unwrap();
+    expect(c.netns(), Protocol::Tcp, to, true);
+    std::fs::remove_dir_all(folder).unwrap();
 }
 
 #[test]
