@@ -8,6 +8,7 @@
 //! - [`cluster`]: the layout: nodes, router, client, pod CIDRs, Node objects.
 //! - [`pod`] and [`workload`]: pods and the echo servers they run.
 //! - [`traffic`]: clients, request tallies, steady load and long-lived flows.
+//! - [`reach`]: who reaches whom, thousands of attempts a second.
 //! - [`daemon`]: a real process in a node: start, ready, terminate, kill, logs.
 //! - [`kubelet`]: pods that the API server assigned come alive.
 //! - [`snapshot`] and [`stranger`]: what the kernel holds, and objects that must stay untouched.
@@ -26,6 +27,7 @@ pub mod kubelet;
 pub mod link;
 pub mod netns;
 pub mod pod;
+pub mod reach;
 pub mod snapshot;
 pub mod stranger;
 pub mod traffic;
@@ -38,6 +40,7 @@ pub use daemon::Daemon;
 pub use kubelet::Kubelet;
 pub use netns::Netns;
 pub use pod::{Pod, PodSpec};
+pub use reach::{Host, Outcome, Probe, Prober};
 pub use snapshot::KernelSnapshot;
 pub use stranger::Stranger;
 pub use traffic::{Answer, Flow, Load, Protocol, Reply, Tally};
