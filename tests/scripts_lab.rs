@@ -351,6 +351,33 @@ fn the_host_kind_isolates_files_network_and_settings() {
 }
 
 #[test]
+fn a_host_that_does_not_serve_is_told_what_it_lacks() {
+    // The guest plays the host again, and is taken a link type, then a command.
+    let lab = scripts().join("lab");
+    let output = Lab::new(&[])
+        .shell(&format!(
+            "mkdir /run/shim && cd /run/shim && ip=$(command -v ip)
+            printf '#!/bin/sh\\ncase $* in *type?dummy*) exit 2;; esac; exec %s \"$@\"' $ip >ip && chmod +x ip
+            PATH=/run/shim:$PATH {lab} --kernel host -- true; echo $?
+            rm $(command -v ipvsadm); {lab} --kernel host -- true; echo $?",
+            lab = lab.display()
+        ))
+        .run();
+    let said = text(&output.stderr);
+    assert_eq!(text(&output.stdout), "69\n69\n", "{said}");
+    assert!(
+        said.contains("It lacks: dummy. Cure:") && said.contains("It lacks: the command ipvsadm. Cure:"),
+        "{said}"
+    );
+
+    let copy = Folder::new();
+    let mut lab = Lab::with(&copied_scripts(&copy.0), &["--kernel", "host"]);
+    without_privilege(&mut lab);
+    let said = text(&lab.shell("true").run().stderr);
+    assert!(said.contains("It lacks: root (this is user "), "{said}");
+}
+
+#[test]
 fn without_privilege_the_command_is_root_in_the_lab_all_the_same() {
     let copy = Folder::new();
     let mut lab = Lab::with(&copied_scripts(&copy.0), &[]);
