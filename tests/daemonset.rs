@@ -168,3 +168,42 @@ fn the_rights_are_those_the_code_uses() {
         assert_eq!(set["spec"]["template"]["spec"]["serviceAccountName"], account["metadata"]["name"]);
     }
 }
+
+/// systemd's word on a unit whose program lies where this test's lies; and how exposed it finds it,
+/// from 0 to 10.
+fn systemd(unit: &str) -> (bool, String, f64) {
+    let folder = std::env::temp_dir().join(format!("ferroute-unit-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("ferroute.service");
+    std::fs::write(&path, unit.replace("/usr/local/bin/ferroute", env!("CARGO_BIN_EXE_ferroute"))).unwrap();
+    let analyze = |arguments: &[&str]| {
+        let output = std::process::Command::new("systemd-analyze").args(arguments).arg(&path).output();
+        output.expect("systemd-analyze; cure: apt-get install systemd")
+    };
+    let verified = analyze(&["verify", "--man=no"]);
+    let judged = analyze(&["security", "--offline=true", "--no-pager"]);
+    std::fs::remove_dir_all(&folder).unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let said = text(&verified.stdout) + &text(&verified.stderr);
+    let judgement = text(&judged.stdout);
+    let level = judgement.split("exposure level for ferroute.service:").nth(1).unwrap_or_default();
+    let level = level.split_whitespace().next().and_then(|number| number.parse().ok());
+    (verified.status.success(), said, level.unwrap_or_else(|| panic!("{judgement}{}", text(&judged.stderr))))
+}
+
+#[test]
+fn systemd_understands_every_line_of_the_unit() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("daemonset/ferroute.service");
+    let unit = std::fs::read_to_string(path).unwrap();
+    let (accepted, said, exposure) = systemd(&unit);
+    assert!(accepted && said.trim().is_empty(), "{said}");
+    println!("exposure {exposure}");
+    // What is left is what it is for: root, the host's network, its sysctls and modules.
+    assert!(exposure <= 4.7, "{exposure}");
+    // That silence means something, and the level too.
+    let (_, said, open) = systemd(&unit.replace("ProtectHome=", "ProtectHouse="));
+    assert!(said.contains("ProtectHouse"), "{said}");
+    assert!(open > exposure, "{open}");
+    let (accepted, said, _) = systemd(&unit.replace("ExecStart=", "ExecStart=/no/such/program "));
+    assert!(!accepted && said.contains("/no/such/program"), "{said}");
+}
