@@ -84,6 +84,10 @@ impl Lab {
     }
 
     pub fn start_daemons(&mut self, flags: &[&str]) {
+        self.start_daemons_within(SOON, flags);
+    }
+
+    pub fn start_daemons_within(&mut self, patience: Duration, flags: &[&str]) {
         let master = format!("--master={}", self.server.url());
         for node in &self.cluster.nodes {
             let socket = format!("--admin-socket={}", self.admin_socket(node));
@@ -92,7 +96,7 @@ impl Lab {
             self.daemons.push(Daemon::ferroute(node, PROGRAM, &all).unwrap());
         }
         for daemon in &mut self.daemons {
-            daemon.wait_ready(SOON).unwrap();
+            daemon.wait_ready(patience).unwrap();
         }
     }
 
