@@ -161,7 +161,7 @@ impl Prober {
     pub fn probe(&mut self, probes: &[Probe]) -> Result<Vec<Outcome>> {
         let mut outcomes = vec![None; probes.len()];
         let mut open: Vec<usize> = (0..probes.len()).collect();
-        for patience in [PATIENCE, PATIENCE * 3] {
+        for patience in [PATIENCE, PATIENCE * 6] {
             for index in &open {
                 outcomes[*index] = None;
             }
