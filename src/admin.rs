@@ -321,15 +321,27 @@ fn unknown(known: &str) -> Answer {
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// Another daemon answers on it.
-    #[error("--admin-socket={0}: another ferroute is running on this machine; stop it first")]
-    InUse(PathBuf),
+    #[error("--{flag}={path}: another ferroute is running on this machine; stop it first")]
+    InUse {
+        /// The flag that names the socket.
+        flag: &'static str,
+        /// Its value.
+        path: PathBuf,
+    },
     /// Something that is no socket has that name.
-    #[error("--admin-socket={0}: exists and is no socket; remove it or choose another path")]
-    NoSocket(PathBuf),
+    #[error("--{flag}={path}: exists and is no socket; remove it or choose another path")]
+    NoSocket {
+        /// The flag that names the socket.
+        flag: &'static str,
+        /// Its value.
+        path: PathBuf,
+    },
     /// The system refused.
-    #[error("--admin-socket={path}: {source}; choose a path in a folder that root can write")]
+    #[error("--{flag}={path}: {source}; choose a path in a folder that root can write")]
     Io {
-        /// The flag's value.
+        /// The flag that names the socket.
+        flag: &'static str,
+        /// Its value.
         path: PathBuf,
         /// What the system said.
         source: io::Error,
@@ -363,18 +375,22 @@ impl Drop for Bound {
     }
 }
 
-/// Opens the Unix socket for root alone. A socket left over by a dead process is replaced; one on
-/// which a daemon answers is not.
-pub fn listen(path: &Path) -> Result<(UnixListener, Bound), SocketError> {
-    let failed = |source| SocketError::Io { path: path.to_owned(), source };
+/// Opens the Unix socket that a flag names, for root alone. A socket left over by a dead process is
+/// replaced; one on which a daemon answers is not.
+pub fn listen(flag: &'static str, path: &Path) -> Result<(UnixListener, Bound), SocketError> {
+    let failed = |source| SocketError::Io { flag, path: path.to_owned(), source };
     if let Some(folder) = path.parent()
         && !folder.exists()
     {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
     }
     match std::fs::symlink_metadata(path) {
-        Ok(known) if !known.file_type().is_socket() => return Err(SocketError::NoSocket(path.to_owned())),
-        Ok(_) if UnixStream::connect(path).is_ok() => return Err(SocketError::InUse(path.to_owned())),
+        Ok(known) if !known.file_type().is_socket() => {
+            return Err(SocketError::NoSocket { flag, path: path.to_owned() });
+        }
+        Ok(_) if UnixStream::connect(path).is_ok() => {
+            return Err(SocketError::InUse { flag, path: path.to_owned() });
+        }
         Ok(_) => std::fs::remove_file(path).map_err(failed)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed(error)),
@@ -472,18 +488,18 @@ mod tests {
     fn the_socket_is_for_root_alone_and_for_one_daemon() {
         let folder = folder("socket");
         let path = folder.join("a.sock");
-        let (listener, bound) = listen(&path).unwrap();
+        let (listener, bound) = listen("admin-socket", &path).unwrap();
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&path), mode(&folder)), (0o600, 0o700));
-        assert!(matches!(listen(&path), Err(SocketError::InUse(_))));
+        assert!(matches!(listen("admin-socket", &path), Err(SocketError::InUse { .. })));
         drop(listener);
         // A killed process removes nothing.
         std::mem::forget(bound);
         assert!(path.exists());
-        drop(listen(&path).unwrap());
+        drop(listen("admin-socket", &path).unwrap());
         assert!(!path.exists());
         std::fs::write(&path, "precious").unwrap();
-        assert!(matches!(listen(&path), Err(SocketError::NoSocket(_))));
+        assert!(matches!(listen("admin-socket", &path), Err(SocketError::NoSocket { .. })));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
         std::fs::remove_dir_all(&folder).unwrap();
     }

@@ -4,7 +4,9 @@
 //! Doing it twice finds nothing the second time and is no error.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
+use crate::cni::install::{self, BIN_DIR};
 use crate::{netpol, proxy};
 
 /// What one room removed, or would remove.
@@ -26,16 +28,24 @@ pub struct Outcome {
 }
 
 /// Removes everything of ours, or only says what that would be.
-pub fn run(dry_run: bool) -> Outcome {
-    // Rules of policies name sets of the service proxy, so they go first.
-    let Cleanup { mut removed, mut failures } = netpol::cleanup(dry_run);
-    let services = proxy::cleanup(dry_run);
-    removed.extend(services.removed);
-    // What both miss, such as iptables, is said once.
-    failures.extend(
-        services.failures.into_iter().filter(|failure| !failures.contains(failure)).collect::<Vec<_>>(),
-    );
-    Outcome::new(dry_run, &removed, failures)
+pub fn run(cni_conf_dir: &Path, dry_run: bool) -> Outcome {
+    // First, so that pods start without the daemon again.
+    let plugin = install::uninstall(cni_conf_dir, Path::new(BIN_DIR), dry_run);
+    let (mut removed, mut failures) = (plugin.removed, plugin.failures);
+    // Rules of policies name sets of the service proxy, so they go before it.
+    for room in [netpol::cleanup, proxy::cleanup] {
+        let Cleanup { removed: more, failures: failed } = room(dry_run);
+        removed.extend(more);
+        // What both miss, such as iptables, is said once.
+        let new: Vec<String> = failed.into_iter().filter(|failure| !failures.contains(failure)).collect();
+        failures.extend(new);
+    }
+    let mut outcome = Outcome::new(dry_run, &removed, failures);
+    for note in plugin.notes {
+        // Writing to a String cannot fail.
+        let _ = writeln!(outcome.text, "{note}");
+    }
+    outcome
 }
 
 impl Outcome {

@@ -10,6 +10,8 @@
 //!     task "health server"   TCP   /healthz /livez /readyz  <-------+
 //!     task "metrics server"  TCP   /metrics                 <-------+
 //!     task "admin socket"    Unix  /status /explain ...     <-------+
+//!     task "CNI socket"      Unix  one JSON line each way   <-------+
+//!     thread "CNI keeper"    keeps the plugin in the network configuration
 //! ```
 //!
 //! Start: checks and sockets that can fail go first, then capabilities are given up, then the
@@ -26,7 +28,10 @@ use tracing::subscriber::NoSubscriber;
 use crate::admin::{self, Desk};
 use crate::capabilities;
 use crate::cluster::{self, Access, Cluster, Interests};
-use crate::config::{Config, Metrics, Output, Source};
+use crate::cni::keeper::Keeper;
+use crate::cni::server::{Enforcement, FirewallOff};
+use crate::cni::{self, install};
+use crate::config::{Cni, Config, Metrics, Output, Source};
 use crate::http::{self, Answer, Listener, Request, StatusCode};
 use crate::log;
 use crate::metrics::ExportTime;
@@ -47,6 +52,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         health,
         metrics,
         admin_socket,
+        cni: Cni { socket: cni_socket, conf_dir },
         log: _,
         proxy,
         netpol,
@@ -57,6 +63,9 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
     for notice in notices {
         tracing::info!(notice, "about the flags");
     }
+    if netpol.is_none() {
+        conf_dir.iter().for_each(|folder| take_plugin_out(folder));
+    }
     let Some(interests) = interests(&node_name, proxy.is_some(), netpol.is_some()) else {
         tracing::info!("nothing to run: every part is switched off");
         return Ok(());
@@ -66,7 +75,10 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
     let health = health.map(|address| bind("health", address)).transpose()?;
     let metrics =
         metrics.map(|Metrics { address, path }| anyhow::Ok((bind("metrics", address)?, path))).transpose()?;
-    let (admin, _bound) = admin::listen(&admin_socket)?;
+    let (admin, _bound) = admin::listen("admin-socket", &admin_socket)?;
+    let keeper = conf_dir.zip(cni_socket.as_ref()).map(|(folder, socket)| Keeper::new(folder, socket));
+    let plugin = cni_socket.map(|path| admin::listen("cni-socket", &path)).transpose()?;
+    let (plugin, _plugin_bound) = plugin.unzip();
     // After the ports, which may be privileged; before any thread, since the sets are per thread.
     capabilities::keep(&capabilities::AT_START)?;
 
@@ -134,10 +146,27 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         }
         let admin = Listener::Unix(tokio::net::UnixListener::from_std(admin)?);
         rooms.task("admin socket", http::serve(admin, answer(&desk, Desk::admin)));
+        if let Some(listener) = plugin {
+            let listener = tokio::net::UnixListener::from_std(listener)?;
+            let enforcement: Arc<dyn Enforcement> = match &netpol {
+                Some((_, view, _)) => Arc::new(view.clone()),
+                None => Arc::new(FirewallOff),
+            };
+            rooms.task("CNI socket", cni::server::serve(listener, enforcement));
+        }
         let mut stops: Vec<Box<dyn Fn() + Send>> = Vec::new();
         if let Some((room, view, _)) = proxy {
             stops.push(Box::new(move || view.stop()));
             rooms.thread("proxy", move || Ok(room.run()?)).context("cannot start the proxy's thread")?;
+        }
+        if let (Some(keeper), Some((_, view, _))) = (keeper, &netpol) {
+            let (view, stop) = (view.clone(), keeper.stop());
+            stops.push(Box::new(stop));
+            let body = move || {
+                keeper.run(|| view.health().last_clean_pass.is_some());
+                Ok(())
+            };
+            rooms.thread("CNI keeper", body).context("cannot start the CNI keeper's thread")?;
         }
         if let Some((room, view, _)) = netpol {
             stops.push(Box::new(move || view.stop()));
@@ -230,6 +259,18 @@ struct Plan {
     services: Option<proxy::Status>,
     #[serde(skip_serializing_if = "Option::is_none")]
     policies: Option<netpol::Status>,
+}
+
+/// Without a firewall nothing has to be waited for. The socket answers nevertheless: a plugin that
+/// another hand put there must not keep pods from starting.
+fn take_plugin_out(folder: &std::path::Path) {
+    let (removed, errors) = install::deconfigure(folder, false);
+    for line in removed {
+        tracing::info!(removed = line, "the firewall is off");
+    }
+    for error in errors {
+        tracing::warn!(%error, "the CNI plugin stays in the network configuration");
+    }
 }
 
 /// What the rooms that run want to know; `None` when none does.

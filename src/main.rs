@@ -72,10 +72,10 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
             log::start(config.log)?;
             print(&line(daemon::plan(*config, output)?))
         }
-        Command::CleanUp { dry_run, log } => {
+        Command::CleanUp { dry_run, cni_conf_dir, log } => {
             log::start(log)?;
             daemon::require_root()?;
-            let outcome = cleanup::run(dry_run);
+            let outcome = cleanup::run(&cni_conf_dir, dry_run);
             print(&outcome.text)?;
             for failure in &outcome.failures {
                 eprintln!("ferroute: {failure}");

@@ -109,8 +109,9 @@ fn the_pod_holds_no_more_than_it_needs() {
             .map(|v| (v["name"].as_str().unwrap(), v["hostPath"]["path"].as_str().unwrap()))
             .collect();
         let mut writable = BTreeSet::new();
-        let init = pod["initContainers"][0]["volumeMounts"].as_array().unwrap();
-        for mount in container["volumeMounts"].as_array().unwrap().iter().chain(init) {
+        let before = pod["initContainers"].as_array().unwrap().iter();
+        let mounts = before.chain([container]).flat_map(|c| c["volumeMounts"].as_array().unwrap());
+        for mount in mounts {
             let path = mount["mountPath"].as_str().unwrap();
             assert_eq!(volumes.get(mount["name"].as_str().unwrap()), Some(&path), "{name}");
             if mount["readOnly"] != true {
@@ -119,8 +120,40 @@ fn the_pod_holds_no_more_than_it_needs() {
         }
         let config = config(&container["args"], "192.0.2.10:6443");
         let socket_folder = config.admin_socket.parent().unwrap().to_str().unwrap();
-        assert_eq!(writable, BTreeSet::from([socket_folder, "/run/xtables.lock"]), "{name}");
+        let mut wanted = BTreeSet::from([socket_folder, "/run/xtables.lock"]);
+        if let Some(folder) = &config.cni.conf_dir {
+            wanted.extend([folder.to_str().unwrap(), "/opt/cni/bin"]);
+        }
+        assert_eq!(writable, wanted, "{name}");
     }
+}
+
+#[test]
+fn the_cni_plugin_is_installed_where_the_daemon_answers_it() {
+    let set = daemon_set("ferroute-all-features.yaml");
+    let pod = &set["spec"]["template"]["spec"];
+    let install = &pod["initContainers"][1];
+    let words = install["args"].as_array().unwrap().iter().map(|w| w.as_str().unwrap().into()).collect();
+    let Ok(Command::CniInstall(install_command)) = config::parse(words, &Environment::default()) else {
+        panic!("{install}");
+    };
+    // The program only: an entry before the daemon answers would keep pods from starting.
+    assert_eq!(install_command.conf_dir, None);
+    let names = |container: &Value| -> Vec<String> {
+        let mounts = container["volumeMounts"].as_array().unwrap().iter();
+        mounts.map(|mount| mount["mountPath"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(names(install), [install_command.bin_dir.to_str().unwrap()]);
+    let security = &install["securityContext"];
+    assert_eq!(security["capabilities"], json!({"drop": ["ALL"]}));
+    assert_eq!((&security["readOnlyRootFilesystem"], &security["privileged"]), (&json!(true), &Value::Null));
+    let daemon = &pod["containers"][0];
+    let config = config(&daemon["args"], "192.0.2.10:6443");
+    let folder = config.cni.conf_dir.unwrap();
+    assert!(names(daemon).contains(&folder.to_str().unwrap().to_owned()));
+    assert!(config.netpol.is_some());
+    // The plugin on the host looks there unless its entry says otherwise.
+    assert_eq!(config.cni.socket.as_deref(), Some(Path::new(ferroute::cni::SOCKET)));
 }
 
 #[test]

@@ -18,6 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde_json::{Map, Value};
 
+use super::SOCKET;
 use super::install::{self, Configured, Error};
 
 /// Changes that the kernel does not announce are found this often.
@@ -39,17 +40,30 @@ pub struct Keeper {
     /// What was last said about a failure; said once.
     told: Option<String>,
     done_once: bool,
+    stop: Arc<AtomicBool>,
 }
 
 impl Keeper {
-    /// `settings` are the keys that our entry must have.
-    pub fn new(folder: PathBuf, settings: Map<String, Value>) -> Self {
-        Self { folder, settings, pace: Pace::default(), told: None, done_once: false }
+    /// `socket` is where the daemon answers.
+    pub fn new(folder: PathBuf, socket: &Path) -> Self {
+        let mut settings = Map::new();
+        if socket != Path::new(SOCKET) {
+            settings.insert("socket".to_owned(), Value::from(socket.to_string_lossy()));
+        }
+        let stop = Arc::default();
+        Self { folder, settings, pace: Pace::default(), told: None, done_once: false, stop }
     }
 
-    /// Runs until `stop`. Begins when `is_ready`: a pod that the daemon cannot answer for yet had
+    /// Ends [`Keeper::run`] when called.
+    pub fn stop(&self) -> impl Fn() + Send + 'static {
+        let stop = self.stop.clone();
+        move || stop.store(true, Ordering::Release)
+    }
+
+    /// Runs until stopped. Begins when `is_ready`: a pod that the daemon cannot answer for yet had
     /// better start without the step than fail (it is unknown, and so closed).
-    pub fn run(mut self, is_ready: impl Fn() -> bool, stop: &Arc<AtomicBool>) {
+    pub fn run(mut self, is_ready: impl Fn() -> bool) {
+        let stop = self.stop.clone();
         let stopped = || stop.load(Ordering::Acquire);
         while !stopped() && !is_ready() {
             std::thread::sleep(TICK);
@@ -202,10 +216,9 @@ mod tests {
         let (list, ready) = (folder.join("10-a.conflist"), Arc::new(AtomicBool::new(false)));
         let text = r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"bridge"}]}"#;
         fs::write(&list, text).unwrap();
-        let stop = Arc::new(AtomicBool::new(false));
-        let keeper = Keeper::new(folder.clone(), Map::new());
-        let (is_ready, stopping) = (ready.clone(), stop.clone());
-        let thread = std::thread::spawn(move || keeper.run(|| is_ready.load(Ordering::Acquire), &stopping));
+        let keeper = Keeper::new(folder.clone(), Path::new("/run/other/cni.sock"));
+        let (is_ready, stop) = (ready.clone(), keeper.stop());
+        let thread = std::thread::spawn(move || keeper.run(|| is_ready.load(Ordering::Acquire)));
         let has = |wanted: bool, patience: Duration| {
             let deadline = Instant::now() + patience;
             while fs::read_to_string(&list).unwrap().contains(PLUGIN) != wanted {
@@ -224,7 +237,8 @@ mod tests {
         fs::write(&list, text).unwrap();
         // Well below the periodic look.
         has(true, Duration::from_secs(5));
-        stop.store(true, Ordering::Release);
+        assert!(fs::read_to_string(&list).unwrap().contains("/run/other/cni.sock"));
+        stop();
         thread.join().unwrap();
         fs::remove_dir_all(&folder).unwrap();
     }

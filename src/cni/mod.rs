@@ -14,7 +14,7 @@
 //! - [`netconf`]: the network configuration on standard input, and the previous result. Pure.
 //! - [`plugin`]: CNI's commands and error codes (CNI specification 0.3.0 to 1.1.0).
 //! - [`protocol`], [`client`]: what plugin and daemon say to each other.
-//! - [`server`]: the daemon's end of the socket.
+//! - [`server`]: the daemon's end of the socket; `enforce`: the policy room behind it.
 //! - [`spans`], [`conflist`]: edits of a network configuration list that leave every other byte as it
 //!   was. Pure.
 //! - [`install`]: program and configuration on a host's file system, atomically.
@@ -25,6 +25,7 @@
 
 pub mod client;
 pub mod conflist;
+mod enforce;
 pub mod install;
 pub mod keeper;
 pub mod netconf;

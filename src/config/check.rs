@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +11,8 @@ use ipnet::IpNet;
 
 use super::command_line::{Given, Stop};
 use super::flags::{FLAGS, Kind, Room, find};
-use super::{Command, Config, Environment, Log, Metrics, Mistake, Output, Source};
+use super::{Cni, Command, Config, Environment, Log, Metrics, Mistake, Output, Source};
+use crate::cni::install::CONF_DIR;
 use crate::duration::GoDuration;
 use crate::netpol;
 use crate::proxy::settings::Settings;
@@ -22,8 +23,9 @@ pub(super) fn command(given: &Given, environment: &Environment) -> Result<Comman
     if check.switch("cleanup-config") {
         check.types();
         let log = check.log();
+        let cni_conf_dir = check.cni_conf_dir().unwrap_or_else(|| PathBuf::from(CONF_DIR));
         check.finish()?;
-        return Ok(Command::CleanUp { dry_run: check.switch("dry-run"), log });
+        return Ok(Command::CleanUp { dry_run: check.switch("dry-run"), cni_conf_dir, log });
     }
     if check.switch("dry-run") {
         check
@@ -79,7 +81,8 @@ impl Check<'_> {
             cache_sync_timeout: self.period("cache-sync-timeout"),
             health: self.listener("health-addr", "health-port"),
             metrics: self.metrics(),
-            admin_socket: self.admin_socket(),
+            admin_socket: self.socket("admin-socket"),
+            cni: self.cni(),
             log: self.log(),
             proxy: None,
             netpol: None,
@@ -321,15 +324,35 @@ impl Check<'_> {
         self.listener("metrics-addr", "metrics-port").map(|address| Metrics { address, path })
     }
 
-    fn admin_socket(&mut self) -> PathBuf {
-        let path = PathBuf::from(self.given.text("admin-socket"));
+    fn socket(&mut self, name: &str) -> PathBuf {
+        let path = PathBuf::from(self.given.text(name));
         if !path.is_absolute() || path.file_name().is_none() {
-            self.meaning(format!("--admin-socket={}: must be an absolute path of a socket", path.display()));
+            self.meaning(format!("--{name}={}: must be an absolute path of a socket", path.display()));
         } else if path.as_os_str().len() > 107 {
             // sockaddr_un holds 108 bytes with the final zero.
-            self.meaning("--admin-socket: the path is longer than 107 bytes, which no socket can have");
+            self.meaning(format!("--{name}: the path is longer than 107 bytes, which no socket can have"));
         }
         path
+    }
+
+    fn cni(&mut self) -> Cni {
+        let socket = (!self.given.text("cni-socket").is_empty()).then(|| self.socket("cni-socket"));
+        let conf_dir = self.cni_conf_dir();
+        if socket.as_deref() == Some(Path::new(self.given.text("admin-socket"))) {
+            self.meaning("--cni-socket and --admin-socket are the same; give each its own");
+        }
+        if socket.is_none() && conf_dir.is_some() {
+            self.meaning("--cni-conf-dir needs --cni-socket: without it every start of a pod would fail");
+        }
+        Cni { socket, conf_dir }
+    }
+
+    fn cni_conf_dir(&mut self) -> Option<PathBuf> {
+        let text = self.given.text("cni-conf-dir");
+        if !text.is_empty() && !text.starts_with('/') {
+            self.meaning(format!("--cni-conf-dir={text}: must be an absolute path, such as {CONF_DIR}"));
+        }
+        (!text.is_empty()).then(|| PathBuf::from(text))
     }
 
     fn log(&mut self) -> Log {

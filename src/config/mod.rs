@@ -36,6 +36,8 @@ pub enum Command {
     CleanUp {
         /// `--dry-run`: only print it.
         dry_run: bool,
+        /// `--cni-conf-dir`, or where it mostly is.
+        cni_conf_dir: PathBuf,
         /// How to log.
         log: Log,
     },
@@ -92,6 +94,8 @@ pub struct Config {
     pub metrics: Option<Metrics>,
     /// The Unix socket of `ferroute status`.
     pub admin_socket: PathBuf,
+    /// The CNI plugin's part.
+    pub cni: Cni,
     /// How to log.
     pub log: Log,
     /// The service proxy's choices; `None` when it is off.
@@ -114,6 +118,15 @@ pub enum Source {
         /// `--master`, which overrides the server of either.
         master: Option<String>,
     },
+}
+
+/// What the daemon does for the CNI plugin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cni {
+    /// `--cni-socket`: where it answers.
+    pub socket: Option<PathBuf>,
+    /// `--cni-conf-dir`: the network configuration in which it keeps the plugin.
+    pub conf_dir: Option<PathBuf>,
 }
 
 /// Where metrics are served.

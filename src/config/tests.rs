@@ -722,3 +722,30 @@ fn the_cni_plugin_is_installed_and_uninstalled_by_name() {
         other => panic!("{other:?}"),
     }
 }
+
+#[test]
+fn the_cni_socket_and_where_the_plugin_is_kept() {
+    let cni = run("").cni;
+    assert_eq!((cni.socket, cni.conf_dir), (Some(PathBuf::from("/run/ferroute/cni.sock")), None));
+    let cni = run("--cni-socket=/x/y.sock --cni-conf-dir=/etc/cni/net.d").cni;
+    assert_eq!(
+        (cni.socket, cni.conf_dir),
+        (Some(PathBuf::from("/x/y.sock")), Some(PathBuf::from("/etc/cni/net.d")))
+    );
+    assert_eq!(run("--cni-socket=").cni.socket, None);
+    for (line, part) in [
+        ("--cni-socket=relative", "absolute"),
+        ("--cni-socket=/run/ferroute/ferroute.sock", "the same"),
+        ("--cni-conf-dir=net.d", "absolute"),
+        ("--cni-socket= --cni-conf-dir=/etc/cni/net.d", "needs --cni-socket"),
+    ] {
+        let (_, text) = refused(line);
+        assert!(text.contains(part), "{line}: {text}");
+    }
+    let dir_of = |line: &str| match parse_line(line) {
+        Ok(Command::CleanUp { cni_conf_dir, .. }) => cni_conf_dir,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(dir_of("--cleanup-config"), PathBuf::from("/etc/cni/net.d"));
+    assert_eq!(dir_of("--cleanup-config --cni-conf-dir=/c"), PathBuf::from("/c"));
+}

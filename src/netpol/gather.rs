@@ -1,5 +1,7 @@
 //! The cluster's objects in the policy crate's words. Pure.
 
+use std::net::IpAddr;
+
 use ferroute_iptables::{Family, PortRange};
 use ferroute_policy::{Exempt, Key, Options, Pod, ServiceSets};
 use ipnet::IpNet;
@@ -33,8 +35,11 @@ pub fn pod(pod: &workload::Pod, node: &str, starting: &Starting) -> Option<Pod> 
         ips.extend(pod.host_ips.iter().filter(|address| !pod.ips.contains(address)));
         ips
     } else {
-        let known = if pod.ips.is_empty() { claimed.unwrap_or_default() } else { &pod.ips };
-        known.iter().copied().filter(|address| !starting.is_taken(*address, pod)).collect()
+        // What the runtime says of this node's pods is newer than what the API server does: a pod
+        // whose sandbox was replaced has other addresses than its status still tells.
+        let known = claimed.unwrap_or(&pod.ips);
+        let free = |ip: &IpAddr| !starting.is_taken(*ip, pod) && !starting.is_stopped(*ip, pod);
+        known.iter().copied().filter(free).collect()
     };
     if ips.is_empty() {
         return None;
@@ -143,6 +148,14 @@ mod tests {
         let old = object("old", &["10.1.0.1", "fd00::1"]);
         assert_eq!(seen(&old, &starting), Some((vec!["fd00::1".into()], true)));
         assert_eq!(seen(&object("gone", &["10.1.0.1"]), &starting), None);
+        // Its sandbox is replaced: the status still tells the addresses of the one before.
+        let replaced = object("new", &["10.1.0.9"]);
+        assert_eq!(seen(&replaced, &starting), Some((vec!["10.1.0.1".into()], true)));
+        // And then it is stopped.
+        let address = vec!["10.1.0.1".parse().unwrap()];
+        assert!(starting.stop(&new.key, None, address));
+        assert_eq!(seen(&object("new", &["10.1.0.1"]), &starting), None);
+        assert!(seen(&object("next", &["10.1.0.1"]), &starting).is_some());
     }
 
     #[test]

@@ -664,14 +664,24 @@ impl Room {
                     let _ = reply.send(self.explain(&question));
                 }
                 Request::Starting(pod, deadline, reply) => {
+                    // Also of pods that claim nothing: the API server still shows the address on them.
+                    for address in &pod.addresses {
+                        let holders = self.index.pods_with(*address).map(|(key, _)| gather::object_key(key));
+                        self.pending.pods.extend(holders);
+                    }
                     let changed = self.starting.claim(pod, deadline, reply);
                     self.pending.pods.extend(changed);
                 }
                 Request::Programmed(key, addresses, reply) => {
                     let _ = reply.send(self.programmed(&key, &addresses));
                 }
-                Request::Stopped(key, uid) => {
-                    if self.starting.release(&key, uid.as_deref()) {
+                Request::Stopped(key, uid, addresses) => {
+                    // Of a pod that nobody knows nothing would ever end the memory.
+                    let is_known = self.subscription.cluster().read().pods.contains_key(&key);
+                    if self.starting.stop(&key, uid, addresses) {
+                        if !is_known {
+                            self.starting.observe(&key, None);
+                        }
                         self.pending.pods.insert(key);
                     }
                 }

@@ -74,11 +74,24 @@ impl Claim {
     }
 }
 
+/// A pod whose network was taken away, while the API server still shows its addresses.
+struct Stopped {
+    uid: Option<Arc<str>>,
+    addresses: Vec<IpAddr>,
+}
+
+impl Stopped {
+    fn is_of(&self, pod: &Pod) -> bool {
+        self.uid.as_ref().is_none_or(|uid| *uid == pod.uid)
+    }
+}
+
 /// All claims.
 #[derive(Default)]
 pub struct Starting {
     claims: BTreeMap<ObjectKey, Claim>,
     holders: BTreeMap<IpAddr, ObjectKey>,
+    stopped: BTreeMap<ObjectKey, Stopped>,
 }
 
 impl Starting {
@@ -97,25 +110,49 @@ impl Starting {
                 changed.push(before);
             }
         }
+        if let Some(stopped) = self.stopped.get_mut(&pod.key) {
+            // The same pod again, in a new sandbox.
+            stopped.addresses.retain(|address| !pod.addresses.contains(address));
+        }
         waiting.push(Waiting { deadline, reply });
         self.claims.insert(pod.key, Claim { uid: pod.uid, addresses: pod.addresses, waiting });
         changed
     }
 
-    /// The runtime took a pod's network away: its claim ends. `uid` keeps an old pod's end from
-    /// ending the claim of a new one of the same name. Returns whether there was one.
-    pub(super) fn release(&mut self, key: &ObjectKey, uid: Option<&str>) -> bool {
-        let same = |claim: &Claim| match (&claim.uid, uid) {
-            (Some(known), Some(uid)) => **known == *uid,
+    /// The runtime took these addresses away from a pod: its claim of them ends, and what the API
+    /// server still shows of them is not true any more. `uid` and the addresses keep the end of an old
+    /// pod, or of a pod's old sandbox, apart from a new one of the same name. Returns whether anything
+    /// changed by it.
+    pub(super) fn stop(&mut self, key: &ObjectKey, uid: Option<Arc<str>>, addresses: Vec<IpAddr>) -> bool {
+        let same = |claim: &Claim| match (&claim.uid, &uid) {
+            (Some(known), Some(uid)) => known == uid,
             _ => true,
         };
-        if !self.claims.get(key).is_some_and(same) {
-            return false;
+        let claim = self.claims.get(key).filter(|claim| same(claim));
+        let is_claimed = claim.is_some_and(|claim| claim.addresses.iter().any(|ip| addresses.contains(ip)));
+        if is_claimed {
+            self.release(key);
         }
+        let gone = |ip: &IpAddr| self.holders.get(ip) != Some(key);
+        let addresses: Vec<IpAddr> = addresses.into_iter().filter(gone).collect();
+        if addresses.is_empty() {
+            return is_claimed;
+        }
+        self.stopped.insert(key.clone(), Stopped { uid, addresses });
+        true
+    }
+
+    /// Whether the runtime took this address away from this pod.
+    pub fn is_stopped(&self, address: IpAddr, pod: &Pod) -> bool {
+        self.stopped
+            .get(&pod.key)
+            .is_some_and(|stopped| stopped.is_of(pod) && stopped.addresses.contains(&address))
+    }
+
+    fn release(&mut self, key: &ObjectKey) {
         if let Some(claim) = self.claims.remove(key) {
             self.release_addresses(key, &claim.addresses);
         }
-        true
     }
 
     fn release_addresses(&mut self, key: &ObjectKey, addresses: &[IpAddr]) {
@@ -128,6 +165,9 @@ impl Starting {
 
     /// Looks at a pod after the watch reported it, or that it is gone: a claim ends with its pod.
     pub fn observe(&mut self, key: &ObjectKey, pod: Option<&Pod>) {
+        if self.stopped.get(key).is_some_and(|stopped| !pod.is_some_and(|pod| stopped.is_of(pod))) {
+            self.stopped.remove(key);
+        }
         let Some(claim) = self.claims.get(key) else { return };
         let over = match pod {
             Some(pod) => claim.is_of(pod) && matches!(pod.phase, Phase::Succeeded | Phase::Failed),
@@ -135,7 +175,7 @@ impl Starting {
             None => claim.waiting.is_empty(),
         };
         if over {
-            self.release(key, None);
+            self.release(key);
         }
     }
 
@@ -265,9 +305,24 @@ mod tests {
         let mut starting = Starting::default();
         let key = ObjectKey::new("shop", "web-0");
         let _ = claim(&mut starting, "web-0", "u2", "10.1.0.5");
-        assert!(!starting.release(&key, Some("u1")));
-        assert!(starting.release(&key, Some("u2")));
-        assert!(!starting.release(&key, None));
+        let address: Vec<IpAddr> = vec!["10.1.0.5".parse().unwrap()];
+        let is_held = |starting: &Starting| starting.addresses(&pod("web-0", "u2", Phase::Running)).is_some();
+        // The end of an old pod of the same name, and of an old sandbox of the same pod.
+        starting.stop(&key, Some("u1".into()), address.clone());
+        starting.stop(&key, Some("u2".into()), vec!["10.1.0.4".parse().unwrap()]);
+        assert!(is_held(&starting));
+        assert!(starting.stop(&key, Some("u2".into()), address.clone()));
+        assert!(!is_held(&starting));
+        assert!(starting.is_stopped(address[0], &pod("web-0", "u2", Phase::Running)));
+        assert!(!starting.is_stopped(address[0], &pod("web-0", "u3", Phase::Running)));
+        // The same pod in a new sandbox with the same address.
+        let _ = claim(&mut starting, "web-0", "u2", "10.1.0.5");
+        assert!(!starting.is_stopped(address[0], &pod("web-0", "u2", Phase::Running)));
+        starting.stop(&key, None, address.clone());
+        assert!(starting.is_stopped(address[0], &pod("web-0", "u2", Phase::Running)));
+        // Forgotten with its object.
+        starting.observe(&key, None);
+        assert!(!starting.is_stopped(address[0], &pod("web-0", "u2", Phase::Running)));
     }
 
     #[test]
@@ -293,7 +348,7 @@ mod tests {
                 (got, expected) => panic!("{got:?} instead of {expected:?}"),
             }
             assert_eq!(starting.next_deadline().is_some(), expected.is_none());
-            assert!(starting.release(&known.key, None));
+            starting.release(&known.key);
         }
     }
 

@@ -28,8 +28,8 @@ pub(super) enum Request {
     Starting(StartingPod, Instant, Reply),
     /// Whether a pod is programmed with these addresses.
     Programmed(ObjectKey, Vec<IpAddr>, SyncSender<Result<(), NotProgrammed>>),
-    /// A pod's network is taken away.
-    Stopped(ObjectKey, Option<Arc<str>>),
+    /// These addresses are taken away from a pod.
+    Stopped(ObjectKey, Option<Arc<str>>, Vec<IpAddr>),
 }
 
 /// Numbers written by the room and read by everybody.
@@ -158,12 +158,12 @@ impl View {
             .unwrap_or(Err(NotProgrammed::NoAnswer))
     }
 
-    /// The network of a pod was taken away: addresses that [`View::pod_starting`] gave it are no
-    /// longer its own. `uid` keeps the end of an old pod apart from a new one of the same name.
-    /// Does not wait.
-    pub fn pod_stopped(&self, key: ObjectKey, uid: Option<Arc<str>>) {
+    /// These addresses were taken away from a pod: they are closed until a pod gets them again,
+    /// whatever the API server still shows. `uid` keeps the end of an old pod apart from a new one of
+    /// the same name. Does not wait.
+    pub fn pod_stopped(&self, key: ObjectKey, uid: Option<Arc<str>>, addresses: Vec<IpAddr>) {
         // A room that is gone has nothing to forget.
-        if self.requests.send(Request::Stopped(key, uid)).is_ok() {
+        if self.requests.send(Request::Stopped(key, uid, addresses)).is_ok() {
             self.waker.wake();
         }
     }

@@ -105,6 +105,11 @@ impl Lab {
         format!("/run/ferroute-{}-{}/ferroute.sock", self.number, node.name)
     }
 
+    /// Where a node's ferroute listens for the CNI plugin.
+    pub fn cni_socket(&self, node: &Node) -> String {
+        self.admin_socket(node).replace("ferroute.sock", "cni.sock")
+    }
+
     pub fn node(&self, number: usize) -> &Node {
         &self.cluster.nodes[number - 1]
     }

@@ -453,6 +453,22 @@ fn pods_keep_what_policy_needs() {
     );
 }
 
+/// The kubelet gives the object of a static pod the static pod's uid as annotation; CNI names the pod
+/// by it.
+#[test]
+fn a_static_pod_has_the_uid_that_the_runtime_knows() {
+    for (annotations, uid) in [
+        (json!({}), "object"),
+        (json!({"kubernetes.io/config.mirror": "static", "kubernetes.io/config.hash": "static"}), "static"),
+    ] {
+        let value = json!({"metadata": {"name": "p", "namespace": "shop", "uid": "object", "annotations": annotations}, "spec": {}});
+        let Decoded::Ours(pod) = workload::pod(item(value), &mut workload::Shared::default()) else {
+            panic!()
+        };
+        assert_eq!(&*pod.uid, uid);
+    }
+}
+
 fn policy(spec: Value) -> Decoded<NetworkPolicy> {
     network_policy::network_policy(item(
         json!({"metadata": {"name": "p", "namespace": "shop"}, "spec": spec}),

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::{Decoded, Pool, given, key, policy_protocol, port, usable_address, whole};
-use crate::cluster::wire::{Item, NamespaceObject, PodIp, PodObject};
+use crate::cluster::wire::{Item, MIRROR, NamespaceObject, PodIp, PodObject};
 use crate::cluster::workload::{Labels, NamedPort, Namespace, Phase, Pod};
 
 /// What pods share.
@@ -36,9 +36,11 @@ pub fn pod(item: Item<PodObject>, shared: &mut Shared) -> Decoded<Pod> {
             })
         })
         .collect();
+    // The runtime knows a static pod by another uid than the object that stands for it.
+    let uid = metadata.annotations.0.get(MIRROR).map_or(metadata.uid.as_str(), |uid| uid);
     Decoded::Ours(Pod {
         key,
-        uid: metadata.uid.as_str().into(),
+        uid: uid.into(),
         labels: shared.labels.share(metadata.labels),
         ips: addresses(&status.pod_ips, &status.pod_ip),
         host_ips: addresses(&status.host_ips, &status.host_ip),

@@ -402,7 +402,16 @@ impl Node {
     /// # Errors
     /// When the pod CIDR is full, the kernel refuses, or a port cannot be listened on.
     pub fn start_pod(&self, spec: PodSpec) -> Result<Pod> {
-        Pod::start(&self.0, spec)
+        Pod::start(&self.0, spec, |_| Ok(()))
+    }
+
+    /// Starts a pod here; `chain` runs when it has its network and before anything runs in it, as the
+    /// CNI plugins behind `bridge` do. An error of it ends the start.
+    ///
+    /// # Errors
+    /// As [`Node::start_pod`], and those of `chain`.
+    pub fn start_pod_after(&self, spec: PodSpec, chain: impl FnOnce(&Pod) -> Result<()>) -> Result<Pod> {
+        Pod::start(&self.0, spec, chain)
     }
 
     /// Its core/v1 Node object.
@@ -447,6 +456,17 @@ impl NodeRef {
         taken.taken.insert(number);
         taken.last = number;
         Ok(self.pod_cidrs.iter().map(|cidr| host(*cidr, number)).collect())
+    }
+
+    /// The next pod gets these addresses if they are free, as an address manager that knows no order
+    /// may give them.
+    pub fn reuse(&self, ips: &[IpAddr]) {
+        let mut taken = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        let number =
+            (2..255).find(|number| self.pod_cidrs.iter().any(|cidr| ips.contains(&host(*cidr, *number))));
+        if let Some(number) = number {
+            taken.last = number - 1;
+        }
     }
 
     pub(crate) fn free_addresses(&self, ips: &[IpAddr]) {

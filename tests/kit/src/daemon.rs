@@ -109,8 +109,9 @@ fn spawn(netns: &Netns, mut command: Command) -> Result<Child> {
 
 impl Daemon {
     /// Starts ferroute on a node. Added to the arguments unless they are among them:
-    /// `--hostname-override` (the node's name), `--admin-socket` (nodes share one file system), and
-    /// `--run-firewall=false`: policy closes pods that no Pod object tells of, and many tests have none.
+    /// `--hostname-override` (the node's name), `--admin-socket` and `--cni-socket` beside it (nodes
+    /// share one file system), and `--run-firewall=false`: policy closes pods that no Pod object tells
+    /// of, and many tests have none.
     ///
     /// # Errors
     /// When the program cannot be started.
@@ -120,9 +121,13 @@ impl Daemon {
             arguments.iter().find_map(value)
         };
         let mut all: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
-        for (flag, value) in
-            [("--hostname-override", node.name.clone()), ("--admin-socket", Self::admin_socket(node))]
-        {
+        let admin_socket = given("--admin-socket").unwrap_or_else(|| Self::admin_socket(node));
+        let cni_socket = Path::new(&admin_socket).with_file_name("cni.sock").display().to_string();
+        for (flag, value) in [
+            ("--hostname-override", node.name.clone()),
+            ("--admin-socket", admin_socket),
+            ("--cni-socket", cni_socket),
+        ] {
             if given(flag).is_none() {
                 all.push(format!("{flag}={value}"));
             }

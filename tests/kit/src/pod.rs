@@ -62,13 +62,18 @@ pub struct Pod {
 }
 
 impl Pod {
-    pub(crate) fn start(node: &Arc<NodeRef>, spec: PodSpec) -> Result<Self> {
+    /// `chain` runs between the pod's network and its first process, as further CNI plugins do.
+    pub(crate) fn start(
+        node: &Arc<NodeRef>,
+        spec: PodSpec,
+        chain: impl FnOnce(&Self) -> Result<()>,
+    ) -> Result<Self> {
         let ips = node.take_addresses().with_context(|| format!("pod {}", spec.name))?;
         let identity = Identity { pod: spec.name.clone(), namespace: spec.namespace.clone() };
         let link = node.next_link();
         let netns = Netns::new(format!("{}-{}", node.name, spec.name))?;
         let mut pod = Self { spec, ips, workload: None, netns, node: node.clone(), link };
-        pod.connect().with_context(|| format!("pod {identity}"))?;
+        pod.connect().and_then(|()| chain(&pod)).with_context(|| format!("pod {identity}"))?;
         pod.workload = Some(Workload::start(&pod.netns, identity, &pod.ips, &pod.spec.ports)?);
         Ok(pod)
     }
