@@ -85,6 +85,11 @@ impl Chains {
         })
     }
 
+    /// Whether IPv4's rules are written by the nft variant.
+    pub fn uses_nft(&self) -> bool {
+        self.commands.values().next().is_some_and(|command| command.variant() == Variant::Nft)
+    }
+
     /// Makes the chains right; returns how many tables were not. With `check` they are read back,
     /// else only tables whose rules changed since the last call are looked at. One table that
     /// fails does not keep the others from being written.

@@ -6,10 +6,10 @@
 mod lab;
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferroute_kit::assert::{eventually, throughout};
-use ferroute_kit::{Cluster, Daemon, KernelSnapshot, Load, Netns, Protocol, Reply, serial};
+use ferroute_kit::{Cluster, Daemon, Flow, KernelSnapshot, Load, Netns, Protocol, Reply, serial};
 use lab::*;
 use serde_json::{Value, json};
 
@@ -32,8 +32,7 @@ fn answers(from: &Netns, to: SocketAddr, pod: &str) {
 #[test]
 fn objects_that_broke_while_the_daemon_was_away_keep_what_they_had() {
     let _serial = serial();
-    let mut lab =
-        Lab::start(Cluster::builder().nodes(1).pods_per_node(3), &["--ipvs-graceful-termination=false"]);
+    let mut lab = Lab::start(Cluster::builder().nodes(1).pods_per_node(3), &["--ipvs-graceful-period=2s"]);
     let [one, two] = ["p1-1", "p1-2"].map(|name| Endpoint::of(lab.pod(name)));
     let spec = json!({"type": "NodePort", "ports": node_ports(30010), "externalTrafficPolicy": "Local"});
     lab.put_service(&service("web", 10, spec.clone()));
@@ -139,6 +138,60 @@ fn objects_that_broke_while_the_daemon_was_away_keep_what_they_had() {
         assert_eq!(reply, Reply::Refused);
     }
     assert_eq!(lab.metric(1, "ferroute_proxy_pass_failures_total"), 0.0);
+}
+
+#[test]
+fn a_drain_ends_when_it_would_have_without_a_restart() {
+    let _serial = serial();
+    let mut lab = Lab::start(Cluster::builder().nodes(1).pods_per_node(3), &["--ipvs-graceful-period=20s"]);
+    let both = ["p1-1", "p1-2"].map(|name| Endpoint::of(lab.pod(name)));
+    lab.put_service(&service("web", 10, json!({})));
+    lab.put_slices("web", &both);
+    lab.wait_served(10, 2);
+    let flows: Vec<Flow> = vips(10)
+        .into_iter()
+        .flat_map(|vip| (0..4).map(move |_| vip))
+        .map(|vip| {
+            let from = lab.pod("p1-3").netns();
+            Flow::start(from, Protocol::Tcp, at(vip, 80), Duration::from_millis(50)).unwrap()
+        })
+        .collect();
+    let leaving = |lab: &Lab| -> Vec<String> {
+        let table = lab.node(1).exec("ipvsadm", &["-Sn"]).unwrap();
+        let pod = &lab.pod("p1-2").ips;
+        let ends = pod.iter().map(|ip| format!("-r {} ", at(*ip, 8080))).collect::<Vec<_>>();
+        let tcp = |line: &&str| line.starts_with("-a -t") && ends.iter().any(|end| line.contains(end));
+        table.lines().filter(tcp).map(str::to_owned).collect()
+    };
+    assert_eq!(leaving(&lab).len(), 2);
+    let begin = Instant::now();
+    lab.put_slices("web", &both[..1]);
+    lab.wait_served(10, 1);
+    std::thread::sleep(Duration::from_secs(8));
+    let draining = leaving(&lab);
+    assert!(draining.len() == 2 && draining.iter().all(|line| line.contains("-w 0")), "{draining:?}");
+    let before = KernelSnapshot::take(lab.node(1)).unwrap();
+    lab.daemons[0].kill().unwrap();
+    lab.daemons[0].start().unwrap();
+    lab.daemons[0].wait_ready(SOON).unwrap();
+    before.assert_same(&KernelSnapshot::take(lab.node(1)).unwrap(), "a restart while something drains");
+    assert_eq!(lab.metric(1, "ferroute_netlink_messages_total{table=\"ipvs\",purpose=\"write\"}"), 0.0);
+    let ended = eventually("the end of the drain", 3 * SOON, || match leaving(&lab).as_slice() {
+        [] => Ok(begin.elapsed()),
+        list => Err(format!("{list:?}")),
+    });
+    println!("drained {ended:?} with a restart after 8 s");
+    assert!((20..24).contains(&ended.as_secs()), "{ended:?}");
+    let (staying, gone): (Vec<_>, Vec<_>) =
+        flows.into_iter().map(Flow::stop).partition(|tally| tally.pods.contains_key("p1-1"));
+    assert!(!gone.is_empty(), "nobody was connected to the endpoint that left");
+    for tally in staying {
+        assert_eq!(tally.failed, 0, "{tally}");
+    }
+    // It comes back as if nothing had been.
+    lab.put_slices("web", &both);
+    lab.wait_served(10, 2);
+    assert_eq!(who(lab.pod("p1-3"), Protocol::Tcp, at(vips(10)[0], 80), 4), ["p1-1", "p1-2"]);
 }
 
 #[test]

@@ -4,7 +4,8 @@
 //! - [`events`]: what changed in links, addresses and routes, as it happens.
 //! - [`conntrack`]: flows the kernel tracks; which of them are stale; their exact deletion.
 //! - [`sysctl`]: read, compare, write only what differs.
-//! - [`kernel`]: what this kernel can do, and the cure for what it cannot; [`release`]: its version.
+//! - [`kernel`]: what this kernel can do, and the cure for what it cannot; [`extension`]: the matches and
+//!   targets of rules; [`modules`]: what its modules bring; [`release`]: its version.
 //!
 //! No policy lives here: which route, which sysctl or which flow is right is decided by the rooms.
 //! Each handle belongs to the network namespace of the thread that opened it.
@@ -13,8 +14,10 @@ pub mod address;
 pub mod conntrack;
 mod error;
 pub mod events;
+pub mod extension;
 pub mod kernel;
 pub mod link;
+pub mod modules;
 pub mod release;
 pub mod route;
 pub mod sysctl;

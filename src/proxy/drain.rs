@@ -1,8 +1,9 @@
 //! Graceful removal: a destination that is no longer wanted keeps weight 0, so that it gets no new
 //! connection, until its connections are gone or its time is up. Time is passed in.
 //!
-//! The kernel itself remembers what drains: a destination that is present but not wanted drains,
-//! also after a restart, when its period starts anew.
+//! The kernel itself remembers what drains: a destination that is present but not wanted drains, also
+//! after a restart. And since when: the upper threshold of its connections, which means nothing at
+//! weight 0, holds that second of the time since boot. So a restart does not start the period anew.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -22,7 +23,33 @@ pub struct Drains {
 #[derive(Clone, Copy, Debug)]
 struct Draining {
     deadline: Instant,
+    /// As [`Now::boot_seconds`].
+    since: u32,
     quiet: bool,
+}
+
+/// A moment by two clocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// The process's own.
+    pub instant: Instant,
+    /// Whole seconds since boot: that clock goes on while the process restarts.
+    pub boot_seconds: u32,
+}
+
+impl Draining {
+    /// A destination found in the kernel that is not known to drain.
+    fn begin(found: &ipvs::Destination, period: Duration, now: Now) -> Self {
+        // The next whole second: no drain is shorter than its period.
+        let next = now.boot_seconds.saturating_add(1);
+        let since = match found.upper_threshold {
+            since if found.weight == 0 && (1..=next).contains(&since) => since,
+            _ => next,
+        };
+        let gone = now.boot_seconds.saturating_sub(since);
+        let left = period.saturating_sub(Duration::from_secs(gone.into()));
+        Self { deadline: now.instant + left, since, quiet: false }
+    }
 }
 
 impl Drains {
@@ -42,7 +69,7 @@ impl Drains {
         actual: Option<&Arc<ipvs::VirtualServer>>,
         wanted: Option<&Arc<ipvs::VirtualServer>>,
         period: Option<Duration>,
-        now: Instant,
+        now: Now,
     ) -> Option<Arc<ipvs::VirtualServer>> {
         self.with_draining(key, protocol, actual, wanted, period, now)
             .filter(|server| !server.destinations.is_empty())
@@ -55,7 +82,7 @@ impl Drains {
         actual: Option<&Arc<ipvs::VirtualServer>>,
         wanted: Option<&Arc<ipvs::VirtualServer>>,
         period: Option<Duration>,
-        now: Instant,
+        now: Now,
     ) -> Option<Arc<ipvs::VirtualServer>> {
         let (Some(wanted), Some(actual), Some(period)) = (wanted, actual, period) else {
             self.servers.remove(&key);
@@ -80,12 +107,17 @@ impl Drains {
             }
             let state = draining
                 .remove(&destination_key)
-                .unwrap_or(Draining { deadline: now + period, quiet: false });
-            if state.quiet || now >= state.deadline {
+                .unwrap_or_else(|| Draining::begin(destination, period, now));
+            if state.quiet || now.instant >= state.deadline {
                 continue;
             }
             still.insert(destination_key, state);
-            kept.push(ipvs::Destination { weight: 0, ..*destination });
+            kept.push(ipvs::Destination {
+                weight: 0,
+                upper_threshold: state.since,
+                lower_threshold: 0,
+                ..*destination
+            });
         }
         if kept.is_empty() {
             return Some(wanted.clone());
@@ -137,6 +169,17 @@ mod tests {
 
     const PERIOD: Option<Duration> = Some(Duration::from_secs(30));
 
+    fn now() -> Now {
+        Now { instant: Instant::now(), boot_seconds: 1000 }
+    }
+
+    fn after(now: Now, seconds: u32) -> Now {
+        Now {
+            instant: now.instant + Duration::from_secs(seconds.into()),
+            boot_seconds: now.boot_seconds + seconds,
+        }
+    }
+
     fn server(scheduler: ipvs::Scheduler, destinations: &[(u8, u32)]) -> Arc<ipvs::VirtualServer> {
         let list = destinations
             .iter()
@@ -166,15 +209,15 @@ mod tests {
     #[test]
     fn removed_destination_drains_until_its_deadline() {
         let mut drains = Drains::default();
-        let now = Instant::now();
+        let now = now();
         let actual = server(ipvs::Scheduler::RR, &[(1, 1), (2, 1)]);
         let wanted = server(ipvs::Scheduler::RR, &[(1, 1)]);
         let tcp = Some(Protocol::Tcp);
         let draining = drains.effective(key(), tcp, Some(&actual), Some(&wanted), PERIOD, now).unwrap();
         assert_eq!(weights(&draining), [("10.0.0.1".into(), 1), ("10.0.0.2".into(), 0)]);
-        assert!(!drains.is_due(&key(), now) && drains.len() == 1);
-        let later = now + Duration::from_secs(30);
-        assert!(drains.is_due(&key(), later));
+        assert!(!drains.is_due(&key(), now.instant) && drains.len() == 1);
+        let later = after(now, 30);
+        assert!(drains.is_due(&key(), later.instant));
         let done = drains.effective(key(), tcp, Some(&draining), Some(&wanted), PERIOD, later).unwrap();
         assert_eq!(weights(&done), [("10.0.0.1".into(), 1)]);
         assert!(drains.is_empty());
@@ -183,7 +226,7 @@ mod tests {
     #[test]
     fn returning_destination_cancels_its_drain() {
         let mut drains = Drains::default();
-        let now = Instant::now();
+        let now = now();
         let both = server(ipvs::Scheduler::RR, &[(1, 1), (2, 1)]);
         let one = server(ipvs::Scheduler::RR, &[(1, 1)]);
         let draining =
@@ -193,21 +236,55 @@ mod tests {
         assert_eq!(back, both);
         assert!(drains.is_empty());
         // Its next drain has the whole period again.
-        let again = now + Duration::from_secs(40);
+        let again = after(now, 40);
         drains.effective(key(), Some(Protocol::Tcp), Some(&both), Some(&one), PERIOD, again).unwrap();
-        assert!(!drains.is_due(&key(), again + Duration::from_secs(29)));
+        assert!(!drains.is_due(&key(), again.instant + Duration::from_secs(29)));
+    }
+
+    #[test]
+    fn a_restart_goes_on_where_the_drain_was() {
+        let both = server(ipvs::Scheduler::RR, &[(1, 1), (2, 1)]);
+        let one = server(ipvs::Scheduler::RR, &[(1, 1)]);
+        let tcp = Some(Protocol::Tcp);
+        let begun = now();
+        let effective = |actual: &Arc<ipvs::VirtualServer>, at: Now| {
+            let mut drains = Drains::default();
+            let server = drains.effective(key(), tcp, Some(actual), Some(&one), PERIOD, at).unwrap();
+            (server, drains)
+        };
+        let (draining, _) = effective(&both, begun);
+        assert_eq!(draining.destinations[1].upper_threshold, 1001);
+        // Another process, twelve seconds later: nothing to write, and eighteen are left, or a part of
+        // a second more.
+        let (adopted, drains) = effective(&draining, after(begun, 12));
+        assert_eq!(adopted, draining);
+        assert!(!drains.is_due(&key(), after(begun, 30).instant));
+        assert!(drains.is_due(&key(), after(begun, 31).instant));
+        assert_eq!(effective(&draining, begun).0, draining);
+        // One that comes after the end finds nothing left to wait for.
+        assert_eq!(effective(&draining, after(begun, 31)).0, one);
+        assert_eq!(effective(&draining, after(begun, 3000)).0, one);
+        // Nonsense, and what an older version left: from now on.
+        for nonsense in [0, 1014] {
+            let mut list = draining.destinations.clone();
+            list[1].upper_threshold = nonsense;
+            let strange = Arc::new(ipvs::VirtualServer::new(draining.options(), list));
+            let (adopted, drains) = effective(&strange, after(begun, 12));
+            assert_eq!(adopted.destinations[1].upper_threshold, 1013);
+            assert!(!drains.is_due(&key(), after(begun, 41).instant));
+        }
     }
 
     #[test]
     fn quiet_destination_goes_before_its_deadline() {
         let mut drains = Drains::default();
-        let now = Instant::now();
+        let now = now();
         let both = server(ipvs::Scheduler::RR, &[(1, 1), (2, 1)]);
         let one = server(ipvs::Scheduler::RR, &[(1, 1)]);
         let tcp = Some(Protocol::Tcp);
         let draining = drains.effective(key(), tcp, Some(&both), Some(&one), PERIOD, now).unwrap();
         drains.set_quiet(&key(), &draining.destinations[1].key());
-        assert!(drains.is_due(&key(), now));
+        assert!(drains.is_due(&key(), now.instant));
         let done = drains.effective(key(), tcp, Some(&draining), Some(&one), PERIOD, now).unwrap();
         assert_eq!(done, one);
     }
@@ -215,7 +292,7 @@ mod tests {
     #[test]
     fn a_server_goes_with_its_last_destination_and_not_before() {
         let mut drains = Drains::default();
-        let now = Instant::now();
+        let now = now();
         let one = server(ipvs::Scheduler::RR, &[(1, 1)]);
         let none = server(ipvs::Scheduler::RR, &[]);
         for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
@@ -225,7 +302,7 @@ mod tests {
         }
         let draining = drains.effective(key(), Some(Protocol::Tcp), Some(&one), Some(&none), PERIOD, now);
         assert_eq!(weights(draining.as_ref().unwrap()), [("10.0.0.1".into(), 0)]);
-        let later = now + Duration::from_secs(30);
+        let later = after(now, 30);
         assert_eq!(
             drains.effective(key(), Some(Protocol::Tcp), draining.as_ref(), Some(&none), PERIOD, later),
             None
@@ -237,7 +314,7 @@ mod tests {
 
     #[test]
     fn udp_dh_and_switched_off_do_not_drain_and_sh_falls_back() {
-        let now = Instant::now();
+        let now = now();
         for (scheduler, protocol, period) in [
             (ipvs::Scheduler::RR, Protocol::Udp, PERIOD),
             (ipvs::Scheduler::DH, Protocol::Tcp, PERIOD),

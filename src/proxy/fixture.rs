@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
+use super::drain::Now;
 use super::facts::Facts;
 use super::settings::Settings;
 use crate::cluster::ServiceKey;
@@ -107,4 +108,8 @@ pub(crate) fn settings() -> Settings {
         tcp_fin_timeout: 0,
         udp_timeout: 0,
     }
+}
+
+pub(crate) fn now() -> Now {
+    Now { instant: std::time::Instant::now(), boot_seconds: 1000 }
 }

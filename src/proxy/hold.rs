@@ -285,8 +285,6 @@ fn kernel_endpoints(
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use ferroute_iptables::Family;
 
     use super::*;
@@ -349,7 +347,7 @@ mod tests {
 
     fn changes(mirror: &Mirror, ledger: &Ledger, hold: &Hold) -> Vec<String> {
         let (drains, facts) = (&mut Drains::default(), fixture::facts());
-        mirror::diff(mirror, ledger, drains, hold, &facts, 7, &Scope::All, None, Instant::now()).describe()
+        mirror::diff(mirror, ledger, drains, hold, &facts, 7, &Scope::All, None, fixture::now()).describe()
     }
 
     fn programmed() -> (State, Mirror) {

@@ -5,11 +5,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use ferroute_iptables::ipset::{self, Entry, Sets};
 use ferroute_iptables::{Family, SetName};
 use ferroute_ipvs as ipvs;
 
+use super::drain::Now;
 use super::error::Error;
 use super::facts::Facts;
 use super::ledger::Ledger;
@@ -27,7 +29,7 @@ use crate::host::events::{Event, Events, Interest, Watching};
 use crate::host::kernel::Presence;
 use crate::host::release::Release;
 use crate::host::route::{PROTOCOL, Route, RouteChange, RouteFailure, RouteFilter, RouteKey, TABLE_LOCAL};
-use crate::host::{Network, address, kernel, sysctl};
+use crate::host::{Network, address, extension, kernel, sysctl};
 
 /// The link that VIPs are bound to; kube-router's name.
 pub const DUMMY_LINK: &str = "kube-dummy-if";
@@ -79,6 +81,8 @@ pub struct Kernel {
     _watching: Option<Watching>,
     /// Sysctls whose refusal was told, so that it is told once.
     told: BTreeSet<String>,
+    /// What the rules cannot be written without and was not found at the start.
+    lacking: Vec<String>,
 }
 
 impl Kernel {
@@ -102,9 +106,27 @@ impl Kernel {
             return Err(Error::Kernel(vital.join("; ")));
         }
         let mut kernel = Self::open_handles()?;
+        kernel.inspect_rules();
         kernel.ensure_link()?;
         kernel.set_timeouts(settings)?;
         Ok(kernel)
+    }
+
+    /// Looks for what the rules need. Services are served without rules as far as that goes, and the
+    /// rules are tried again and again: the module may be loaded later.
+    fn inspect_rules(&mut self) {
+        let families: Vec<_> = self.families.iter().map(|family| host_family(*family)).collect();
+        for finding in extension::inspect(&extension::OF_PROXY, &families, self.rules.uses_nft()) {
+            match finding.present {
+                Presence::Present => tracing::debug!(%finding, "kernel"),
+                // The kernel loads it when a rule names it, if it has it.
+                Presence::Unknown => tracing::info!(%finding, "kernel"),
+                Presence::Missing => {
+                    tracing::warn!(%finding, "kernel");
+                    self.lacking.push(finding.to_string());
+                }
+            }
+        }
     }
 
     /// Starts watching the network; `waker` is called when it changes. Called on the room's own
@@ -138,6 +160,7 @@ impl Kernel {
             flags: Arc::default(),
             _watching: None,
             told: BTreeSet::new(),
+            lacking: Vec::new(),
         })
     }
 
@@ -358,7 +381,12 @@ impl Kernel {
 
     /// Makes the chains right and returns how many were not. With `check` they are read back first.
     pub fn sync_rules(&mut self, wanted: Rules, check: bool) -> Result<usize, Error> {
-        Ok(self.rules.sync(wanted, check)?)
+        self.rules.sync(wanted, check).map_err(|error| {
+            if self.lacking.is_empty() {
+                return error.into();
+            }
+            Error::Kernel(format!("{}; {error}", self.lacking.join("; ")))
+        })
     }
 
     /// Deletes the stale UDP flows; returns how many.
@@ -418,6 +446,14 @@ impl Kernel {
     pub fn rules_difference(&self, wanted: &Rules) -> Result<Vec<String>, Error> {
         Ok(self.rules.difference(wanted)?)
     }
+}
+
+/// This moment, for [`super::drain`].
+pub fn now() -> Now {
+    let boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map(std::time::Duration::from);
+    // Without that clock every drain found in the kernel seems to begin now.
+    let seconds = boot.unwrap_or_default().as_secs();
+    Now { instant: Instant::now(), boot_seconds: u32::try_from(seconds).unwrap_or(0) }
 }
 
 /// Names of every set of ours.

@@ -4,13 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ferroute_iptables::ipset::{self, Sets};
 use ferroute_ipvs as ipvs;
 use ipnet::IpNet;
 
-use super::drain::Drains;
+use super::drain::{Drains, Now};
 use super::facts::Facts;
 use super::hold::Hold;
 use super::ledger::{Ledger, Touched};
@@ -149,7 +149,7 @@ pub fn diff(
     device: u32,
     scope: &Scope<'_>,
     period: Option<Duration>,
-    now: Instant,
+    now: Now,
 ) -> Changes {
     let mut changes = Changes::default();
 
@@ -332,7 +332,7 @@ mod tests {
 
     fn compare(mirror: &Mirror, ledger: &Ledger, scope: &Scope<'_>) -> Changes {
         let (drains, hold) = (&mut Drains::default(), &Hold::default());
-        diff(mirror, ledger, drains, hold, &fixture::facts(), 7, scope, None, Instant::now())
+        diff(mirror, ledger, drains, hold, &fixture::facts(), 7, scope, None, fixture::now())
     }
 
     proptest! {
@@ -422,7 +422,7 @@ mod tests {
         let mut mirror = Mirror::default();
         let run = |mirror: &Mirror, facts: &Facts, scope: &Scope<'_>| {
             let (drains, hold) = (&mut Drains::default(), &Hold::default());
-            diff(mirror, &ledger, drains, hold, facts, 7, scope, None, Instant::now())
+            diff(mirror, &ledger, drains, hold, facts, 7, scope, None, fixture::now())
         };
         let changes = run(&mirror, &single, &Scope::All);
         apply(&mut mirror, &changes);

@@ -69,6 +69,8 @@ pub struct Room {
     refused: bool,
     /// The chains were read back and made right in this turn.
     rules_checked: bool,
+    /// The chains could not be made right when last tried.
+    rules_wrong: bool,
     /// The kernel has been read and compared once since every watch listed.
     adopted: bool,
 }
@@ -108,6 +110,7 @@ impl Room {
             schedule,
             refused: false,
             rules_checked: false,
+            rules_wrong: false,
             adopted: false,
         };
         Ok((room, view))
@@ -206,7 +209,11 @@ impl Room {
         }
         let messages = self.kernel.messages();
         self.shared.worked(|work| work.messages = messages);
-        if clean && self.refused {
+        if clean && self.rules_wrong {
+            // What changed is in the kernel, but the node is not as it should be, and a retry of the
+            // chains is due already.
+            self.shared.failed(started);
+        } else if clean && self.refused {
             // Every stage ran; single objects that the kernel refused are told on the objects and
             // tried again, but do not make the node unready.
             self.schedule.failed(Instant::now());
@@ -389,7 +396,7 @@ impl Room {
             self.kernel.device(),
             scope,
             self.settings.graceful_period,
-            Instant::now(),
+            super::kernel::now(),
         );
         if !self.drains.is_empty() && self.next_drain_tick.is_none() {
             self.next_drain_tick = Some(Instant::now() + DRAIN_TICK);
@@ -636,12 +643,16 @@ impl Room {
         match result {
             Ok(repaired) => {
                 self.rules_checked |= check;
+                self.rules_wrong = false;
                 if repaired > 0 && self.adopted && check {
                     self.shared.drifted(repaired);
                 }
                 true
             }
-            Err(error) => self.failed_to("write proxy rules", &error),
+            Err(error) => {
+                self.rules_wrong = true;
+                self.failed_to("write proxy rules", &error)
+            }
         }
     }
 

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
-use std::time::Instant;
 
 use ferroute_ipvs as ipvs;
 use serde::Serialize;
@@ -118,7 +117,7 @@ impl Status {
             kernel.device(),
             &Scope::All,
             settings.graceful_period,
-            Instant::now(),
+            super::kernel::now(),
         );
         status.difference = changes.describe();
         status.sets = actual.sets.iter().map(|(name, set)| (name.to_string(), set.entries().len())).collect();
