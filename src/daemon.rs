@@ -275,7 +275,7 @@ fn take_plugin_out(folder: &std::path::Path) {
 
 /// What the rooms that run want to know; `None` when none does.
 fn interests(node: &Arc<str>, proxy: bool, netpol: bool) -> Option<Interests> {
-    let proxy = proxy.then(|| Interests::service_proxy(node.clone()));
+    let proxy = proxy.then(Interests::service_proxy);
     let netpol = netpol.then(|| Interests::network_policy(node.clone()));
     match (proxy, netpol) {
         (Some(proxy), Some(netpol)) => Some(proxy.and(netpol)),

@@ -35,7 +35,7 @@ fn a_deployment_and_its_service_arrive_and_a_bad_one_is_reported() -> Result<(),
     let cluster = Cluster::new();
     let reporter = Reporter::new("n1");
     let access = Access { master: Some(server.url()), ..Access::default() };
-    let mut interests = Interests::service_proxy("n1");
+    let mut interests = Interests::service_proxy();
     interests.kinds.extend([Kind::Pod, Kind::Namespace, Kind::NetworkPolicy]);
     runtime.spawn(run(Source::Api(access), cluster.clone(), interests.clone(), reporter.clone()));
     let key = ObjectKey::new("default", "web");
@@ -86,7 +86,7 @@ fn a_rotated_token_is_picked_up() -> Result<(), Box<dyn std::error::Error>> {
     let runtime = tokio::runtime::Runtime::new()?;
     let cluster = Cluster::new();
     let access = Access { kubeconfig: Some(kubeconfig), ..Access::default() };
-    let interests = Interests::service_proxy("n1");
+    let interests = Interests::service_proxy();
     runtime.spawn(run(Source::Api(access), cluster.clone(), interests, Reporter::new("n1")));
     until("the first list", &cluster, |state| state.has_listed(&[Kind::Service, Kind::EndpointSlice]));
 

@@ -32,7 +32,7 @@ async fn a_hundred_thousand_endpoints_are_small() {
     let task = tokio::spawn(run(
         Source::Api(access),
         cluster.clone(),
-        Interests::service_proxy("n1"),
+        Interests::service_proxy(),
         Reporter::new("n1"),
     ));
     while !cluster.read().has_listed(&[Kind::EndpointSlice]) {

@@ -185,7 +185,7 @@ fn the_rights_are_those_the_code_uses() {
         resource::<NamespaceObject>(),
         resource::<NetworkPolicyObject>(),
     ]);
-    for kind in Interests::service_proxy("n1").and(Interests::network_policy("n1")).kinds {
+    for kind in Interests::service_proxy().and(Interests::network_policy("n1")).kinds {
         used.insert(watched[&kind].clone(), words(&["list", "watch"]));
     }
     assert_eq!(granted, used);

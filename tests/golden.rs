@@ -52,7 +52,7 @@ fn read(folder: &Path) -> Cluster {
     let (source, watched) = (Source::Manifests(folder.to_owned()), cluster.clone());
     runtime.block_on(async {
         let reader = tokio::spawn(async move {
-            cluster::run(source, watched, Interests::service_proxy("n1"), Reporter::new("n1")).await
+            cluster::run(source, watched, Interests::service_proxy(), Reporter::new("n1")).await
         });
         let deadline = Instant::now() + Duration::from_secs(20);
         while !cluster.read().has_listed(&[Kind::Service, Kind::EndpointSlice, Kind::Node]) {

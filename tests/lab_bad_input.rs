@@ -345,3 +345,58 @@ fn a_scheduler_that_does_not_exist_is_told_and_rr_is_used() {
     assert_the_rest_works(&mut lab);
     lab.remove_service("odd");
 }
+
+#[test]
+fn an_address_of_another_node_is_no_vip() {
+    let _serial = serial();
+    let flags = ["--strict-external-ip-validation=false", "--ipvs-graceful-period=1s"];
+    let lab = Lab::start(Cluster::builder().nodes(2).pods_per_node(1), &flags);
+    let node = lab.node(1);
+    let mut external = lab.node(2).ips.clone();
+    let later: [std::net::IpAddr; 2] = ["203.0.113.9".parse().unwrap(), "2001:db8:e::9".parse().unwrap()];
+    external.extend(later);
+    lab.put_service(&service("web", 10, json!({"externalIPs": external})));
+    lab.put_slices("web", &[Endpoint::of(lab.pod("p2-1"))]);
+    for vip in later {
+        wait_destinations(node, Protocol::Tcp, at(vip, 80), 1);
+    }
+    let told = lab.wait_event("web", "NodeAddress");
+    assert!(told.contains("is an address of node n2"), "{told}");
+    for own in &lab.node(2).ips {
+        wait_destinations(lab.node(2), Protocol::Tcp, at(*own, 80), 1);
+        assert!(!is_known(node, Protocol::Tcp, at(*own, 80)), "{own} is not served on n1");
+        assert_eq!(virtual_server(node, Protocol::Tcp, at(*own, 80)), None);
+        // Who speaks to that machine reaches it, also at a port of the Service.
+        assert_eq!(ask(&node.netns, Protocol::Tcp, at(*own, 80), "n2 serves its own address").pod, "p2-1");
+    }
+    let bound =
+        || ["ip -4", "ip -6"].map(|ip| node.sh(&format!("{ip} route show table local")).unwrap()).concat();
+    assert!(
+        later.iter().all(|vip| bound().contains(&format!("local {vip} dev kube-dummy-if"))),
+        "{}",
+        bound()
+    );
+    // A machine with such an address joins: unbound, and no longer served.
+    let object = json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": "n9", "uid": "uid-n9"},
+        "status": {"addresses": later.map(|ip| json!({"type": "InternalIP", "address": ip}))},
+    });
+    lab.server.insert_unchecked("nodes", object).unwrap();
+    for vip in later {
+        wait_gone(node, Protocol::Tcp, at(vip, 80));
+        eventually("unbound", SOON, || {
+            let table = bound();
+            if table.contains(&vip.to_string()) { Err(table) } else { Ok(()) }
+        });
+    }
+    let log = lab.daemons[0].log().join("\n");
+    assert!(log.contains("203.0.113.9 of Service default/web is an address of node n9"), "{log}");
+    assert!(!log.contains("node facts changed ipv4=None"), "{log}");
+    lab.server.remove_unchecked("nodes", "", "n9").unwrap();
+    for vip in later {
+        wait_destinations(node, Protocol::Tcp, at(vip, 80), 1);
+        assert!(bound().contains(&format!("local {vip} dev kube-dummy-if")), "{}", bound());
+        assert_eq!(ask(&node.netns, Protocol::Tcp, at(vip, 80), "served again").pod, "p2-1");
+    }
+    assert_eq!(lab.metric(1, "ferroute_proxy_drift_repaired_total"), 0.0);
+}

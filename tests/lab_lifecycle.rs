@@ -100,6 +100,43 @@ fn one_change_costs_its_own_messages() {
     assert_eq!(lab.metric(1, "ferroute_proxy_pass_failures_total"), 0.0);
 }
 
+#[test]
+fn programming_is_timed_from_what_the_slice_says() {
+    let _serial = serial();
+    let lab = Lab::start(Cluster::builder().nodes(1).pods_per_node(3).families(Families::V4), &[]);
+    let all: Vec<Endpoint> = lab.cluster.pods.iter().map(Endpoint::of).collect();
+    lab.put_service(&tcp_only("web", 10));
+    lab.put_slice(&slice("web", false, &all[..1]));
+    wait_destinations(lab.node(1), Protocol::Tcp, at(vips(10)[0], 80), 1);
+    std::thread::sleep(Duration::from_secs(3));
+    let timed = || {
+        ["kubeproxy_network_programming_duration_seconds", "ferroute_proxy_change_duration_seconds"]
+            .map(|name| [lab.metric(1, &format!("{name}_count")), lab.metric(1, &format!("{name}_sum"))])
+    };
+    let taken = |trigger: &str, endpoints: usize| {
+        let before = timed();
+        let time = lab.node(1).exec("date", &["-u", "-d", trigger, "+%Y-%m-%dT%H:%M:%S.%NZ"]).unwrap();
+        let mut changed = slice("web", false, &all[..endpoints]);
+        changed["metadata"]["annotations"] =
+            json!({"endpoints.kubernetes.io/last-change-trigger-time": time.trim()});
+        lab.put_slice(&changed);
+        wait_destinations(lab.node(1), Protocol::Tcp, at(vips(10)[0], 80), endpoints);
+        let after = eventually("both are counted", SOON, || {
+            let now = timed();
+            if now[0][0] == before[0][0] + 1.0 { Ok(now) } else { Err(format!("{now:?}")) }
+        });
+        println!("{trigger}: {:?}", [0, 1].map(|which: usize| after[which][1] - before[which][1]));
+        assert_eq!(after[1][0], before[1][0] + 1.0);
+        assert!(after[1][1] - before[1][1] < 1.0, "from its decoding: {before:?} {after:?}");
+        after[0][1] - before[0][1]
+    };
+    let told = taken("-2 seconds", 2);
+    assert!((2.0..4.0).contains(&told), "{told}");
+    // Before the process began, and of a clock that is ahead: from the decoding.
+    assert!(taken("-1 day", 3) < 1.0);
+    assert!(taken("+1 day", 2) < 1.0);
+}
+
 fn deployment(version: &str) -> Value {
     json!({
         "apiVersion": "apps/v1", "kind": "Deployment",

@@ -203,8 +203,8 @@ impl Stored for SliceObject {
         shared: &mut Shared,
     ) -> Decoded<(ServiceKey, Vec<Problem>)> {
         match decode::endpoints::slice(item, shared) {
-            Decoded::Ours(PlacedSlice { key, service, slice, problems }) => {
-                cluster.apply_slice(service.clone(), key.name, slice);
+            Decoded::Ours(PlacedSlice { key, service, slice, triggered, problems }) => {
+                cluster.apply_slice_of(service.clone(), key.name, slice, triggered);
                 Decoded::Ours((service, problems))
             }
             Decoded::NotOurs => Decoded::NotOurs,

@@ -16,9 +16,9 @@ pub struct Interests {
 }
 
 impl Interests {
-    /// What the Service room reads; `node` is the Node this process runs for.
-    pub fn service_proxy(node: impl Into<Arc<str>>) -> Self {
-        Self { kinds: BTreeSet::from(Self::SERVICE_PROXY), only_node: Some(node.into()) }
+    /// What the Service room reads. All Nodes: an address of another one must never be a VIP here.
+    pub fn service_proxy() -> Self {
+        Self { kinds: BTreeSet::from(Self::SERVICE_PROXY), only_node: None }
     }
 
     /// Kinds that the Service room reads.

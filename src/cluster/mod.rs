@@ -24,7 +24,7 @@ pub mod workload;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use ipnet::IpNet;
 
@@ -179,6 +179,8 @@ pub struct Dirty {
     pub unreadable: bool,
     /// When the oldest of these changes was decoded (for latency metrics).
     pub since: Option<Instant>,
+    /// When the oldest change of a Service's endpoints happened, where its EndpointSlice says so.
+    pub triggered: BTreeMap<ServiceKey, SystemTime>,
 }
 
 impl Dirty {
@@ -318,6 +320,17 @@ impl Cluster {
 
     /// Stores an EndpointSlice under its Service; wakes readers only if it differs.
     pub fn apply_slice(&self, service: ServiceKey, name: Arc<str>, slice: Slice) {
+        self.apply_slice_of(service, name, slice, None);
+    }
+
+    /// The same for a change that happened at the time `triggered`.
+    pub fn apply_slice_of(
+        &self,
+        service: ServiceKey,
+        name: Arc<str>,
+        slice: Slice,
+        triggered: Option<SystemTime>,
+    ) {
         let mut state = self.read();
         let slices = state.slices.entry(service.clone()).or_default();
         if slices.get(&name).is_some_and(|known| **known == slice) {
@@ -329,6 +342,10 @@ impl Cluster {
         if known {
             self.mark(Kind::EndpointSlice, |dirty| {
                 dirty.services.insert(service.clone());
+                if let Some(at) = triggered {
+                    let first = dirty.triggered.entry(service.clone()).or_insert(at);
+                    *first = at.min(*first);
+                }
             });
         }
     }

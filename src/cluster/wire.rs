@@ -256,6 +256,8 @@ impl Shape for BTreeMap<Box<str>, Box<str>> {
 
 /// On the object that stands for a static pod: the uid under which kubelet and runtime know that pod.
 pub const MIRROR: &str = "kubernetes.io/config.mirror";
+/// When the change that an EndpointSlice tells of happened, as its controller saw it (RFC 3339).
+pub const LAST_CHANGE: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// The annotations that are ours to read; others can be large and are dropped on arrival.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -267,7 +269,7 @@ impl Shape for OurAnnotations {
     fn map<'de, A: MapAccess<'de>>(&mut self, mut entries: A, wrong: &mut Wrong) -> Result<(), A::Error> {
         self.0.clear();
         while let Some(name) = entries.next_key::<Cow<'de, str>>()? {
-            if name.starts_with("kube-router.io/") || name == MIRROR {
+            if name.starts_with("kube-router.io/") || name == MIRROR || name == LAST_CHANGE {
                 let mut value = String::new();
                 entries.next_value_seed(Slot { target: &mut value, wrong })?;
                 self.0.insert(name.into(), value.into_boxed_str());

@@ -33,6 +33,18 @@ pub enum VipKind {
     LoadBalancerIp,
 }
 
+impl VipKind {
+    /// As messages name it.
+    fn field(self) -> &'static str {
+        match self {
+            VipKind::ClusterIp => "cluster IP",
+            VipKind::NodePort => "node address",
+            VipKind::ExternalIp => "externalIPs entry",
+            VipKind::LoadBalancerIp => "load-balancer IP",
+        }
+    }
+}
+
 /// One VIP, protocol and port of a Service.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Frontend {
@@ -254,7 +266,7 @@ fn vips(
         &service.external_ips,
         &settings.external_ip_ranges,
         "--service-external-ip-range",
-        "externalIPs entry",
+        VipKind::ExternalIp.field(),
     );
     if !service.annotations.skip_lb_ips {
         admit(
@@ -262,9 +274,22 @@ fn vips(
             &service.load_balancer_ips,
             &settings.load_balancer_ranges,
             "--loadbalancer-ip-range",
-            "load-balancer IP",
+            VipKind::LoadBalancerIp.field(),
         );
     }
+    vips.retain(|(kind, vip)| {
+        let Some(node) = facts.other_machines.get(vip) else { return true };
+        problems.push(Problem {
+            reason: "NodeAddress",
+            message: format!(
+                "{} {vip} of Service {} is an address of node {node} and is served there only: here it would lead \
+                 programs that speak to that machine elsewhere; use an address of no machine",
+                kind.field(),
+                service.key
+            ),
+        });
+        false
+    });
     if !facts.kernel_ipv6 && vips.iter().any(|(_, vip)| vip.is_ipv6()) {
         vips.retain(|(_, vip)| vip.is_ipv4());
         problems.push(Problem {
@@ -339,6 +364,27 @@ impl Scheduling {
 mod tests {
     use super::*;
     use crate::proxy::fixture;
+
+    #[test]
+    fn an_address_of_another_machine_is_no_vip_here() {
+        let mut service = fixture::service("web");
+        service.external_ips = vec![[203, 0, 113, 7].into(), [10, 10, 0, 11].into()];
+        service.load_balancer_ips = vec![[203, 0, 113, 200].into()];
+        let mut facts = fixture::facts();
+        facts.other_machines.insert([203, 0, 113, 7].into(), Arc::from("n2"));
+        facts.other_machines.insert([203, 0, 113, 200].into(), Arc::from("n3"));
+        let mut settings = fixture::settings();
+        settings.external_ip_ranges.push("10.10.0.0/24".parse().unwrap());
+        let state = desired(&service, None, &facts, &settings, &BTreeSet::new());
+        let served: Vec<String> = state.frontends.iter().map(|front| front.address.to_string()).collect();
+        assert_eq!(served, ["10.96.0.10", "10.10.0.11"], "its own address it may serve");
+        let told: Vec<&str> = state.problems.iter().map(|problem| problem.message.as_str()).collect();
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(
+            told[0].starts_with("externalIPs entry 203.0.113.7 of Service shop/web is an address of node n2")
+        );
+        assert!(told[1].starts_with("load-balancer IP 203.0.113.200"), "{told:?}");
+    }
 
     fn compute(service: &Service, slice: Slice) -> ServiceState {
         let slices = Slices::from([(Arc::from("a"), Arc::new(slice))]);

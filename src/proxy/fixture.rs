@@ -82,6 +82,7 @@ pub(crate) fn facts() -> Facts {
         node_port_addresses: vec![ipv4, ipv6],
         local_addresses: [ipv4, ipv6].into(),
         cluster_addresses: [ipv4, ipv6].into(),
+        other_machines: std::collections::HashMap::new(),
         pod_cidrs: vec!["10.244.1.0/24".parse().unwrap(), "fd00:244:1::/64".parse().unwrap()],
         bound_ranges: vec!["10.96.0.0/12".parse().unwrap()],
         cluster_ranges: vec!["10.96.0.0/12".parse().unwrap()],

@@ -24,6 +24,7 @@ pub(super) struct Numbers {
     pub(super) expired_flows: AtomicU64,
     pub(super) passes: Mutex<Histogram>,
     pub(super) latency: Mutex<Histogram>,
+    pub(super) changes: Mutex<Histogram>,
     pub(super) work: Mutex<Work>,
     /// Unix time of the last clean pass in milliseconds.
     pub(super) last_clean_unix_ms: AtomicU64,
@@ -119,10 +120,15 @@ pub(super) fn write(
         "kubeproxy_sync_proxy_rules_duration_seconds",
         "Time of one pass over changed or all Services in seconds",
     );
+    lock(&numbers.changes).write(
+        out,
+        "ferroute_proxy_change_duration_seconds",
+        "Time from the decoding of a change to the kernel's last acknowledgement in seconds",
+    );
     lock(&numbers.latency).write(
         out,
         "kubeproxy_network_programming_duration_seconds",
-        "Time from the decoding of a change to the kernel's last acknowledgement in seconds",
+        "Time from a change of endpoints, as its EndpointSlice tells it, else from its decoding, to the kernel's last acknowledgement in seconds",
     );
     write_services(out, services);
 }

@@ -3,8 +3,8 @@
 //! It alone writes the kernel tables of Services. An event narrows a pass to the keys it touches;
 //! an audit reads the kernel back and compares everything. Both run the same code.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ use super::mirror::{self, Changes, Mirror, Scope};
 use super::settings::Settings;
 use super::status::Status;
 use super::view::{Request, Shared, View};
-use crate::cluster::service::{Problem, Protocol};
+use crate::cluster::service::{Problem, Protocol, Service};
 use crate::cluster::{Dirty, Interests, Kind, ServiceKey, Subscription};
 use crate::host::conntrack::RemovedEndpoint;
 use crate::report::Reporter;
@@ -217,12 +217,12 @@ impl Room {
             // Every stage ran; single objects that the kernel refused are told on the objects and
             // tried again, but do not make the node unready.
             self.schedule.failed(Instant::now());
-            self.shared.passed(started, dirty.since, self.ledger.served(), self.drains.len());
+            self.shared.passed(started, &dirty, self.ledger.served(), self.drains.len());
         } else if clean {
             let healed: Vec<ServiceKey> = std::mem::take(&mut self.troubled).into_iter().collect();
             self.report(&healed);
             self.schedule.succeeded();
-            self.shared.passed(started, dirty.since, self.ledger.served(), self.drains.len());
+            self.shared.passed(started, &dirty, self.ledger.served(), self.drains.len());
         } else {
             self.fail(started);
         }
@@ -251,6 +251,11 @@ impl Room {
         if facts == self.facts {
             return true;
         }
+        if self.adopted
+            && let Some(moved) = facts.moved_elsewhere(&self.facts)
+        {
+            return self.take_moved(facts, moved);
+        }
         tracing::info!(
             ipv4 = ?facts.ipv4, ipv6 = ?facts.ipv6, zone = ?facts.zone, pod_cidrs = ?facts.pod_cidrs,
             ranges = ?facts.bound_ranges, "node facts changed"
@@ -267,6 +272,22 @@ impl Room {
         touched.routes = true;
         let clean = self.pass(&Scope::Touched(&touched));
         self.sync_rules(false) && clean
+    }
+
+    /// Addresses of other machines changed: what is served and bound at them may have to.
+    fn take_moved(&mut self, facts: Facts, moved: HashSet<IpAddr>) -> bool {
+        self.facts = facts;
+        let concerned: Vec<ServiceKey> = {
+            let state = self.subscription.cluster().read();
+            let has = |service: &Service| {
+                let vips = service.cluster_ips.iter().chain(&service.external_ips);
+                vips.chain(&service.load_balancer_ips).any(|vip| moved.contains(vip))
+            };
+            state.services.iter().filter(|(_, service)| has(service)).map(|(key, _)| key.clone()).collect()
+        };
+        self.pending.services.extend(concerned);
+        let touched = Touched { vips: moved.into_iter().collect(), ..Touched::default() };
+        self.pass(&Scope::Touched(&touched))
     }
 
     /// Makes every set exist, with at least what is wanted so far: rules name them all.
@@ -734,4 +755,8 @@ fn merge(pending: &mut Dirty, more: Dirty) {
     pending.listed |= more.listed;
     pending.unreadable |= more.unreadable;
     pending.since = pending.since.into_iter().chain(more.since).min();
+    for (service, at) in more.triggered {
+        let first = pending.triggered.entry(service).or_insert(at);
+        *first = at.min(*first);
+    }
 }

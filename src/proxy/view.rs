@@ -4,13 +4,13 @@ use std::fmt::Display;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::kernel::ServiceStatistics;
 use super::metrics::{Numbers, lock};
 use super::status::Status;
 use super::work::Work;
-use crate::cluster::Waker;
+use crate::cluster::{Dirty, Waker};
 use crate::health::Passes;
 
 /// Questions the room answers between two passes, since it alone owns the kernel handles.
@@ -23,6 +23,7 @@ pub(super) enum Request {
 
 /// Numbers written by the room and read by everybody.
 pub(super) struct Shared {
+    started_at: SystemTime,
     stopping: AtomicBool,
     health: Mutex<Passes>,
     pub(super) numbers: Numbers,
@@ -37,19 +38,24 @@ impl Shared {
         lock(&self.health).last_turn = now;
     }
 
-    pub(super) fn passed(&self, started: Instant, since: Option<Instant>, servers: usize, draining: usize) {
-        let now = Instant::now();
+    pub(super) fn passed(&self, started: Instant, dirty: &Dirty, servers: usize, draining: usize) {
+        let (now, wall) = (Instant::now(), SystemTime::now());
         lock(&self.health).passed(now);
         self.numbers.virtual_servers.store(servers as u64, Ordering::Relaxed);
         self.numbers.draining.store(draining as u64, Ordering::Relaxed);
         lock(&self.numbers.passes).observe(now - started);
-        if let Some(since) = since {
-            lock(&self.numbers.latency).observe(now - since);
+        if let Some(since) = dirty.since {
+            let mut latency = lock(&self.numbers.latency);
+            for duration in programming_durations(dirty, self.started_at, wall, now - since) {
+                latency.observe(duration);
+            }
+            drop(latency);
+            lock(&self.numbers.changes).observe(now - since);
             let mut work = lock(&self.numbers.work);
             work.changes += 1;
             work.latency += now - since;
         }
-        let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let unix = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let unix = u64::try_from(unix.as_millis()).unwrap_or(u64::MAX);
         self.numbers.last_clean_unix_ms.store(unix, Ordering::Relaxed);
     }
@@ -92,6 +98,7 @@ impl View {
     pub(super) fn new(waker: Waker) -> (Self, Arc<Shared>, Receiver<Request>) {
         let now = Instant::now();
         let shared = Arc::new(Shared {
+            started_at: SystemTime::now(),
             stopping: AtomicBool::new(false),
             health: Mutex::new(Passes::new(now)),
             numbers: Numbers::default(),
@@ -134,5 +141,57 @@ impl View {
         self.requests.send(request(reply)).ok()?;
         self.waker.wake();
         answer.recv_timeout(timeout).ok()
+    }
+}
+
+/// How long changes took to reach the kernel, as kube-proxy counts: from the time that EndpointSlices
+/// give, one per Service. Times before the process began say when it began, and those of a clock that is
+/// ahead say nothing; where none is left it is the time since the oldest change was `decoded`.
+fn programming_durations(
+    dirty: &Dirty,
+    started: SystemTime,
+    now: SystemTime,
+    decoded: Duration,
+) -> Vec<Duration> {
+    let times = dirty.triggered.values().filter(|at| **at > started);
+    let mut durations: Vec<Duration> = times.filter_map(|at| now.duration_since(*at).ok()).collect();
+    if durations.is_empty() {
+        durations.push(decoded);
+    }
+    durations
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::ServiceKey;
+
+    #[test]
+    fn programming_begins_where_the_slice_says_if_that_can_be() {
+        let started = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let at = |seconds: i64| {
+            let distance = Duration::from_secs(seconds.unsigned_abs());
+            if seconds < 0 { started - distance } else { started + distance }
+        };
+        let decoded = Duration::from_millis(3);
+        for (times, expected) in [
+            (&[][..], &[3][..]),
+            (&[95], &[5000]),
+            (&[95, 98], &[5000, 2000]),
+            // Before the start, of a clock that is ahead, and one good one among them.
+            (&[-10], &[3]),
+            (&[101], &[3]),
+            (&[-10, 99, 200], &[1000]),
+        ] {
+            let mut dirty = Dirty::default();
+            for (index, seconds) in times.iter().enumerate() {
+                dirty.triggered.insert(ServiceKey::new("shop", format!("s{index}")), at(*seconds));
+            }
+            let found: Vec<u128> = programming_durations(&dirty, started, at(100), decoded)
+                .iter()
+                .map(Duration::as_millis)
+                .collect();
+            assert_eq!(found, expected, "{times:?}");
+        }
     }
 }

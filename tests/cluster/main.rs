@@ -40,7 +40,8 @@ fn watch(server: &Server) -> Watching {
     let access = Access { master: Some(server.url()), ..Access::default() };
     let (shared, said) = (cluster.clone(), reporter.clone());
     let task = tokio::spawn(async move {
-        let ended = run(Source::Api(access), shared, Interests::service_proxy("n1"), said).await;
+        let interests = Interests { only_node: Some("n1".into()), ..Interests::service_proxy() };
+        let ended = run(Source::Api(access), shared, interests, said).await;
         panic!("watches ended: {ended:?}");
     });
     Watching { cluster, reporter, task }

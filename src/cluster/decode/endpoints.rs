@@ -2,12 +2,15 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::SystemTime;
+
+use k8s_openapi::jiff::Timestamp;
 
 use super::service::HEADLESS;
 use super::{Decoded, Pool, given, key, port, protocol, shortened, usable_address, whole};
 use crate::cluster::endpoints::{Endpoint, Hints, Slice, SlicePort};
 use crate::cluster::service::Problem;
-use crate::cluster::wire::{EndpointSpec, HintsSpec, Item, Meta, SliceObject, SlicePortSpec};
+use crate::cluster::wire::{EndpointSpec, HintsSpec, Item, LAST_CHANGE, Meta, SliceObject, SlicePortSpec};
 use crate::cluster::{ObjectKey, ServiceKey};
 
 /// Label naming the Service of an EndpointSlice.
@@ -33,6 +36,8 @@ pub struct PlacedSlice {
     pub service: ServiceKey,
     /// The content.
     pub slice: Slice,
+    /// When the change it tells of happened, if it says so.
+    pub triggered: Option<SystemTime>,
     /// What could not be used.
     pub problems: Vec<Problem>,
 }
@@ -67,7 +72,15 @@ pub fn slice(item: Item<SliceObject>, shared: &mut Shared) -> Decoded<PlacedSlic
     let mut problems = Vec::new();
     let ports = ports(&object.ports, shared, &mut problems);
     let endpoints = endpoints(&object.endpoints, ipv6, shared, &mut problems);
-    Decoded::Ours(PlacedSlice { key, service, slice: Slice { ports, endpoints }, problems })
+    let triggered =
+        object.metadata.annotations.0.get(LAST_CHANGE).and_then(|at| at.parse::<Timestamp>().ok());
+    Decoded::Ours(PlacedSlice {
+        key,
+        service,
+        slice: Slice { ports, endpoints },
+        triggered: triggered.map(SystemTime::from),
+        problems,
+    })
 }
 
 /// The Service that a slice says it belongs to, whatever else in it cannot be read.

@@ -61,7 +61,7 @@ async fn follows_the_folder_and_keeps_what_broke() {
     fs::write(path("ignored.txt"), "{{{").unwrap();
     let cluster = Cluster::new();
     let reporter = Reporter::new("n1");
-    let interests = Interests::service_proxy("n1");
+    let interests = Interests::service_proxy();
     let (run, check) = (watch(folder.0.clone(), cluster.clone(), &interests, &reporter), async {
         until("first read", &cluster, |s| {
             s.has_listed(&[Kind::Service, Kind::EndpointSlice, Kind::ServiceCidr])
@@ -144,7 +144,7 @@ async fn makes_endpoints_from_pods_only_where_there_are_no_slices() {
     .unwrap();
     let cluster = Cluster::new();
     let reporter = Reporter::new("n1");
-    let interests = Interests::service_proxy("n1");
+    let interests = Interests::service_proxy();
     let key = ObjectKey::new("default", "web");
     let addresses = |state: &super::super::State| {
         let mut list: Vec<String> = state
@@ -182,7 +182,7 @@ async fn a_folder_that_is_no_folder_is_an_error() {
     fs::write(&file, "").unwrap();
     for path in [file, folder.0.join("missing")] {
         let ended =
-            watch(path.clone(), Cluster::new(), &Interests::service_proxy("n"), &Reporter::new("n")).await;
+            watch(path.clone(), Cluster::new(), &Interests::service_proxy(), &Reporter::new("n")).await;
         let error = ended.unwrap_err().to_string();
         assert!(error.contains("--manifests=") && error.contains(&*path.to_string_lossy()), "{error}");
     }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use ferroute::cluster::{Cluster, ServiceKey};
 use ferroute::host::route::RouteChange;
 use ferroute::proxy::desired::desired;
-use ferroute::proxy::drain::Drains;
+use ferroute::proxy::drain::{Drains, Now};
 use ferroute::proxy::facts::Facts;
 use ferroute::proxy::hold::Hold;
 use ferroute::proxy::ledger::{Ledger, Touched};
@@ -45,7 +45,7 @@ pub fn pure(shape: &Shape) -> Result<()> {
     let keys: BTreeSet<ServiceKey> = cluster.read().services.keys().cloned().collect();
     let mut batch = Batch::new();
     let period = settings.graceful_period;
-    let now = Instant::now();
+    let (hold, now) = (Hold::default(), Now { instant: Instant::now(), boot_seconds: 1 });
     for step in keys.iter().collect::<Vec<_>>().chunks(STEP) {
         let mut touched = Touched::default();
         for key in step {
@@ -64,7 +64,7 @@ pub fn pure(shape: &Shape) -> Result<()> {
         }
         let since = Instant::now();
         let scope = Scope::Touched(&touched);
-        let changes = diff(&mirror, &ledger, &mut drains, &Hold::default(), &facts, 3, &scope, period, now);
+        let changes = diff(&mirror, &ledger, &mut drains, &hold, &facts, 3, &scope, period, now);
         note("diff", since);
         let since = Instant::now();
         let _ = changes.udp(&mirror, |key| ledger.protocol(key));
@@ -90,7 +90,7 @@ pub fn pure(shape: &Shape) -> Result<()> {
         note("mirror", since);
     }
     let since = Instant::now();
-    let changes = diff(&mirror, &ledger, &mut drains, &Hold::default(), &facts, 3, &Scope::All, period, now);
+    let changes = diff(&mirror, &ledger, &mut drains, &hold, &facts, 3, &Scope::All, period, now);
     note("compare all", since);
     println!("{} changes left", changes.len());
     for (what, time) in spent {

@@ -336,7 +336,7 @@ fn excerpt(title: &str, text: &str, lines: usize) {
 /// How many changes n2 has programmed, and the seconds they took in all.
 fn programming(cluster: &Cluster) -> Result<(f64, f64)> {
     let page = cluster.nodes[1].http_get(METRICS.parse()?, "/metrics")?.body;
-    let name = "kubeproxy_network_programming_duration_seconds";
+    let name = "ferroute_proxy_change_duration_seconds";
     Ok((metric(&page, &format!("{name}_count")), metric(&page, &format!("{name}_sum"))))
 }
 
