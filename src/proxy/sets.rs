@@ -162,6 +162,9 @@ pub fn service_entries(state: &ServiceState) -> Vec<(SetId, Entry, Extra)> {
     let locals = state.local_endpoints.iter().map(|address| {
         (SetId::of(Role::LocalPods, *address), Entry::Net(IpNet::from(*address)), Extra::default())
     });
+    // By pod and port, so shared by the Services of both: past IPVS a packet no longer has its VIP. The
+    // match that still knows it (`ipvs --vaddr`) takes a rule per frontend, and a bit of the mark would
+    // need a second virtual server wherever local clients have one of their own.
     let hairpins = state.hairpin.iter().map(|((address, port), protocol)| {
         let entry = Entry::IpPortIp(*address, iptables::Protocol(protocol.number()), *port, *address);
         (SetId::of(Role::Hairpin, *address), entry, Extra::default())
