@@ -207,7 +207,7 @@ fn weight(lab: &Lab, protocol: Protocol, vip: SocketAddr, pod: IpAddr) -> Option
 #[test]
 fn a_removed_endpoint_drains_and_a_returning_one_does_not() {
     let _serial = serial();
-    let mut lab = Lab::start(Cluster::builder().nodes(1).pods_per_node(3), &["--ipvs-graceful-period=4s"]);
+    let mut lab = Lab::start(Cluster::builder().nodes(1).pods_per_node(3), &["--ipvs-graceful-period=12s"]);
     let both = ["p1-1", "p1-2"].map(|name| Endpoint::of(lab.pod(name)));
     lab.put_service(&service("web", 10, json!({})));
     for (vip, family) in vips(10).into_iter().zip([0, 1]) {
@@ -243,7 +243,7 @@ fn a_removed_endpoint_drains_and_a_returning_one_does_not() {
                 other => Err(format!("{other:?}")),
             });
             if protocol == Protocol::Tcp && family == 0 {
-                throughout("a returned endpoint stays", Duration::from_millis(4500), || {
+                throughout("a returned endpoint stays", Duration::from_millis(12500), || {
                     match weight(&lab, protocol, to, leaving) {
                         Some(1) => Ok(()),
                         other => Err(format!("{other:?}")),
@@ -269,13 +269,13 @@ fn a_removed_endpoint_drains_and_a_returning_one_does_not() {
                 if flow.tally().ok > before.ok + 3 { Ok(()) } else { Err(flow.tally().to_string()) }
             });
             assert_eq!(flow.tally().failed, 0, "{}", flow.tally());
-            eventually("deleted at last", SOON, || match weight(&lab, protocol, to, leaving) {
+            eventually("deleted at last", 2 * SOON, || match weight(&lab, protocol, to, leaving) {
                 None => Ok(()),
                 some => Err(format!("{some:?}")),
             });
             let lasted = begin.elapsed();
             println!("{protocol} {to}: drained {lasted:?}; {}", flow.stop());
-            assert!(lasted > Duration::from_secs(3), "drained while connected: {lasted:?}");
+            assert!(lasted > Duration::from_secs(11), "drained while connected: {lasted:?}");
         }
     }
 }
@@ -299,7 +299,7 @@ fn an_endpoint_without_connections_goes_at_once() {
         }
     }
     println!("gone after {:?}", begin.elapsed());
-    assert!(begin.elapsed() < Duration::from_secs(3), "long before the period of 30 s");
+    assert!(begin.elapsed() < Duration::from_secs(10), "long before the period of 30 s");
 }
 
 #[test]
