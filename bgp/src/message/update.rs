@@ -51,20 +51,23 @@ pub(super) fn decode(body: &[u8], codec: &Codec, flaws: &mut Vec<Flaw>) -> Resul
     }
     read(AfiSafi::Ipv4Unicast, withdrawn, codec, flaws, None, &mut update.withdrawn)?;
 
-    let mut announce = |family, routes, next_hop, attribute| {
-        let mut nlri = Vec::new();
-        read(family, routes, codec, flaws, attribute, &mut nlri)?;
-        if !nlri.is_empty() {
-            let attributes = Attributes { next_hop, ..parsed.attributes.clone() };
-            update.announced.push(Announcement { attributes: Arc::new(attributes), nlri });
-        }
-        Ok(())
-    };
+    let mut attributes = std::mem::take(&mut parsed.attributes);
     if let Some((family, next_hop, routes)) = parsed.reach {
-        announce(family, routes, next_hop, Some(attribute::MP_REACH))?;
+        let mut nlri = Vec::new();
+        read(family, routes, codec, flaws, Some(attribute::MP_REACH), &mut nlri)?;
+        if !nlri.is_empty() {
+            // Copied only where the classic field needs them as well, which is rare.
+            let own = if classic.is_empty() { std::mem::take(&mut attributes) } else { attributes.clone() };
+            let attributes = Arc::new(Attributes { next_hop, ..own });
+            update.announced.push(Announcement { attributes, nlri });
+        }
     }
-    let next_hop = parsed.next_hop.map_or_else(NextHop::default, NextHop::V4);
-    announce(AfiSafi::Ipv4Unicast, classic, next_hop, None)?;
+    let mut nlri = Vec::new();
+    read(AfiSafi::Ipv4Unicast, classic, codec, flaws, None, &mut nlri)?;
+    if !nlri.is_empty() {
+        attributes.next_hop = parsed.next_hop.map_or_else(NextHop::default, NextHop::V4);
+        update.announced.push(Announcement { attributes: Arc::new(attributes), nlri });
+    }
 
     let fatal = flaws.iter().find(|flaw| flaw.action == Action::TreatAsWithdraw);
     if let Some(flaw) = fatal {
