@@ -51,8 +51,9 @@ fn main() -> ExitCode {
                 Ok(Ok((outcome, taken))) => {
                     *outcomes.entry(outcome).or_default() += 1;
                     most = most.max(taken as f64 / frame.len() as f64);
-                    // What still says something is worth changing further.
-                    if outcome != "reset" && corpus.len() < 5000 && numbers.below(2000) == 0 {
+                    // What is still read whole is worth changing further.
+                    let whole = matches!(outcome, "UPDATE" | "OPEN" | "attribute discard");
+                    if whole && corpus.len() < 5000 && numbers.below(200) == 0 {
                         corpus.push(frame);
                     }
                 }
