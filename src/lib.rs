@@ -6,7 +6,7 @@
 //!   every change names the keys it touches and wakes the rooms that read them.
 //! - [`proxy`]: Services to IPVS virtual servers, sets, local routes and the proxy firewall.
 //! - [`netpol`]: NetworkPolicies to iptables chains and sets.
-//! - [`chains`], [`schedule`]: what every room that writes the kernel shares.
+//! - [`chains`], [`schedule`], [`disturbance`]: what every room that writes the kernel shares.
 //! - [`host`]: this machine's kernel: links, routes, sysctls, conntrack; dump and apply only.
 //! - [`config`]: the command line, as typed values.
 //! - [`daemon`]: the composition of the rooms; start and stop. Around it [`supervise`] (named tasks),
@@ -23,6 +23,7 @@ pub mod cluster;
 pub mod cni;
 pub mod config;
 pub mod daemon;
+pub mod disturbance;
 pub mod duration;
 pub mod health;
 pub mod host;

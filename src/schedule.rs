@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 const SHORTEST: Duration = Duration::from_secs(1);
 /// Share of one core that audits of one kind may take: 1 in this many.
 const SHARE: u32 = 2000;
+/// The same for looks at rules that somebody may have changed.
+const FAIR_SHARE: u32 = 10;
 /// First and last delay after a failure.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
@@ -31,6 +33,7 @@ pub struct Schedule {
     period: Duration,
     tables: Instant,
     rules: Instant,
+    fair_rules: Instant,
     routes: Option<Instant>,
     retry: Option<Instant>,
     delay: Duration,
@@ -40,7 +43,15 @@ impl Schedule {
     /// Timers with this period for full audits; the first is a period away.
     pub fn new(period: Duration, now: Instant) -> Self {
         let next = now + period.min(SHORTEST);
-        Self { period, tables: next, rules: now + period, routes: None, retry: None, delay: RETRY.0 }
+        Self {
+            period,
+            tables: next,
+            rules: now + period,
+            fair_rules: now,
+            routes: None,
+            retry: None,
+            delay: RETRY.0,
+        }
     }
 
     /// When something is due next.
@@ -85,6 +96,11 @@ impl Schedule {
         self.rules = now;
     }
 
+    /// Looks at the rules as soon as it is fair: somebody may change them all the time.
+    pub fn suspect_rules(&mut self) {
+        self.rules = self.rules.min(self.fair_rules);
+    }
+
     /// What the last look at the tables cost: sets the time of the next.
     pub fn tables_cost(&mut self, cost: Duration) {
         self.tables = self.tables.min(Instant::now() + affordable(cost).min(self.period));
@@ -92,6 +108,7 @@ impl Schedule {
 
     /// What the last look at the rules cost.
     pub fn rules_cost(&mut self, cost: Duration) {
+        self.fair_rules = Instant::now() + cost * FAIR_SHARE;
         self.rules = self.rules.min(Instant::now() + affordable(cost).min(self.period));
     }
 
@@ -144,6 +161,18 @@ mod tests {
         schedule.take_due(Instant::now() + Duration::from_secs(2));
         schedule.tables_cost(Duration::from_millis(80));
         assert!(schedule.next_due() > Instant::now() + Duration::from_secs(150));
+    }
+
+    #[test]
+    fn suspicion_is_followed_at_once_and_then_in_fair_intervals() {
+        let now = Instant::now();
+        let mut schedule = Schedule::new(Duration::from_secs(300), now);
+        schedule.suspect_rules();
+        assert!(schedule.take_due(now).unwrap().rules);
+        schedule.rules_cost(Duration::from_millis(100));
+        schedule.suspect_rules();
+        assert!(schedule.rules > Instant::now() + Duration::from_millis(500));
+        assert!(schedule.rules <= Instant::now() + Duration::from_secs(1));
     }
 
     #[test]

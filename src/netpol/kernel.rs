@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use ferroute_iptables::ipset::{self, Sets};
-use ferroute_iptables::{ChainChanges, ChainName, Family, Found, Plan, Ruleset, SetName, TableName};
+use ferroute_iptables::{ChainChanges, ChainName, Family, Found, Plan, Ruleset, SetName, TableName, Variant};
 use ferroute_policy::{CHAIN_PREFIXES, SET_PREFIXES};
 
 use super::error::Error;
@@ -16,7 +16,7 @@ use crate::host::sysctl;
 
 /// Seconds to wait for a program that holds the xtables lock. Short: what needs no chain, like most
 /// pod starts, shall not wait with it, and the pass is tried again.
-const LOCK_WAIT: u32 = 2;
+const LOCK_WAIT: u32 = 1;
 /// Where policy lives.
 const TABLE: TableName = TableName::Filter;
 
@@ -76,8 +76,8 @@ impl Kernel {
     }
 
     /// The variant of iptables in use.
-    pub fn variant(&self) -> String {
-        self.chains.variant(Family::V4).map(|variant| variant.to_string()).unwrap_or_default()
+    pub fn variant(&self) -> Option<Variant> {
+        self.chains.variant(Family::V4)
     }
 
     /// Makes the sysctls right; what is refused is told once.

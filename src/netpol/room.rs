@@ -28,12 +28,14 @@ use super::view::{Request, Shared, View, lock};
 use crate::chains;
 use crate::cluster::service::Problem;
 use crate::cluster::{Dirty, Interests, Kind, ObjectKey, Subscription};
+use crate::disturbance::Disturbance;
 use crate::proxy::sets::{Role, SetId};
 use crate::report::Reporter;
 use crate::schedule::{Due, Schedule};
 
-/// Longest sleep: the loop turns at least so often, which is what liveness means.
-const LONGEST_SLEEP: Duration = Duration::from_secs(5);
+/// Longest sleep: the loop turns at least so often, which is what liveness means, and looks whether
+/// somebody else changed rules.
+const LONGEST_SLEEP: Duration = Duration::from_millis(500);
 /// How long arrivals gather before a look, while the first lists are on their way.
 const LISTING_GATHER: Duration = Duration::from_millis(10);
 /// Kinds without which nothing may be decided.
@@ -71,6 +73,7 @@ pub struct Room {
     forget_at: Option<Instant>,
     forget_cost: Duration,
     schedule: Schedule,
+    disturbance: Disturbance,
     /// The kernel has been read and made right once since everything was listed.
     adopted: bool,
     /// Writes of chains in this process when ours were last made right, and our own so far.
@@ -99,6 +102,7 @@ impl Room {
         let kernel = Kernel::open()?;
         let index = Index::new(gather::options(&settings, kernel.families()));
         let schedule = Schedule::new(settings.audit_period, Instant::now());
+        let disturbance = Disturbance::open(kernel.variant());
         let room = Self {
             settings,
             subscription,
@@ -119,6 +123,7 @@ impl Room {
             forget_at: None,
             forget_cost: Duration::ZERO,
             schedule,
+            disturbance,
             adopted: false,
             chain_writes: 0,
             own_writes: 0,
@@ -182,6 +187,8 @@ impl Room {
             if self.chain_writes != chains::writes() {
                 // The proxy may have put its jump in front of ours.
                 self.schedule.request_rules(started);
+            } else if self.disturbance.is_seen() {
+                self.schedule.suspect_rules();
             }
             if let Some(due) = self.schedule.take_due(started) {
                 worked = true;
@@ -391,11 +398,29 @@ impl Room {
         let mut written = true;
         let (before_it, own_before) = (chains::writes(), self.own_writes);
         let others = self.chain_writes != before_it;
+        if whole {
+            // Before reading: what others do meanwhile is seen again.
+            self.disturbance.settle();
+        } else if self.disturbance.is_seen() {
+            self.schedule.suspect_rules();
+        }
         for family in self.kernel.families().to_vec() {
             let changes = if whole { None } else { Some(chains.get(&family).cloned().unwrap_or_default()) };
-            written &= self.write_chains(family, changes, is_audit);
+            match self.write_chains(family, changes, is_audit) {
+                Written::Yes => {}
+                Written::No => written = false,
+                // One lock for both: waiting for it twice would only hold up what needs no chain.
+                Written::Locked => {
+                    written = false;
+                    break;
+                }
+            }
         }
         lock(&self.shared.numbers.chains_time).observe(begun.elapsed());
+        if self.own_writes != own_before {
+            // Our own doing.
+            self.disturbance.settle();
+        }
         if whole || !others {
             // Not as it is now: another room may have written since ours.
             self.chain_writes = before_it + (self.own_writes - own_before);
@@ -440,9 +465,9 @@ impl Room {
 
     /// Writes single chains, or reads all of a family and makes them right. A rule that this kernel
     /// cannot take is left out where that allows less, not more.
-    fn write_chains(&mut self, family: Family, changes: Option<ChainChanges>, is_audit: bool) -> bool {
+    fn write_chains(&mut self, family: Family, changes: Option<ChainChanges>, is_audit: bool) -> Written {
         if changes.as_ref().is_some_and(BTreeMap::is_empty) {
-            return true;
+            return Written::Yes;
         }
         for _ in 0..=MOST_LEFT_OUT {
             let outcome = match &changes {
@@ -451,7 +476,7 @@ impl Room {
                     self.kernel.change_chains(family, &changes)
                 }
                 None => {
-                    let Some(wanted) = self.index.ruleset(family) else { return true };
+                    let Some(wanted) = self.index.ruleset(family) else { return Written::Yes };
                     let wanted = self.excluded.ruleset(family, wanted);
                     self.kernel.settle_chains(family, &wanted)
                 }
@@ -459,7 +484,7 @@ impl Room {
             match outcome {
                 Ok(plan) => {
                     self.wrote(family, &plan, is_audit);
-                    return true;
+                    return Written::Yes;
                 }
                 Err(error) => {
                     if let Some((line, reason)) = refused_line(&error)
@@ -468,11 +493,13 @@ impl Room {
                         tracing::warn!(?family, %error, "a rule is left out, what it allows is refused");
                         continue;
                     }
-                    return self.failed_to("write policy chains", &Error::from(error));
+                    let locked = matches!(error, ferroute_iptables::Error::Locked { .. });
+                    self.failed_to("write policy chains", &Error::from(error));
+                    return if locked { Written::Locked } else { Written::No };
                 }
             }
         }
-        false
+        Written::No
     }
 
     fn wrote(&mut self, family: Family, plan: &Plan, is_audit: bool) {
@@ -785,6 +812,16 @@ impl Room {
         let state = self.subscription.cluster().read();
         explain::explain(question, &self.settings.node_name, &state, &self.index, &kernel)
     }
+}
+
+/// What became of chains to be written.
+enum Written {
+    /// They are in the kernel.
+    Yes,
+    /// They are not.
+    No,
+    /// They are not, since another program holds the lock.
+    Locked,
 }
 
 /// What became of set changes.

@@ -75,7 +75,7 @@ impl Status {
         hold: &Hold,
     ) -> Self {
         let mut status = Self {
-            iptables: kernel.variant(),
+            iptables: kernel.variant().map(|variant| variant.to_string()).unwrap_or_default(),
             pod_networks: pod_networks.iter().map(ToString::to_string).collect(),
             unknown_pods_closed: settings.unknown_pods == UnknownPods::Deny,
             policies: index.policy_count(),

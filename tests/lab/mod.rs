@@ -17,7 +17,7 @@ use socket2::{Domain, Socket, Type};
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_ferroute");
 /// Enough for whatever should happen soon, on a slow lab kernel.
-pub const SOON: Duration = Duration::from_secs(10);
+pub const SOON: Duration = Duration::from_secs(30);
 /// Until a refusal must be told.
 pub const AT_ONCE: Duration = Duration::from_millis(200);
 /// Ports every pod of the lab echoes on.

@@ -1,0 +1,139 @@
+//! Whether another program may have changed the host's rules since a room last looked: a cheap
+//! question, asked often, so that reading all rules back can be rare.
+//!
+//! The legacy variant takes a lock file for every run, which inotify sees; the nft variant makes a new
+//! generation of the rule set with every change, whose number one netlink message gives. Neither says
+//! what changed or who did: what this process writes itself is to be followed by [`Disturbance::settle`].
+
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use ferroute_iptables::Variant;
+use ferroute_netlink::{Batch, Protocol, Socket, attributes};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+
+/// `XT_LOCK_NAME` of iptables.
+const LOCK: &str = "/run/xtables.lock";
+/// NFNL_SUBSYS_NFTABLES with NFT_MSG_NEWGEN and NFT_MSG_GETGEN (linux/netfilter/nf_tables.h).
+const NEW_GENERATION: u16 = 10 << 8 | 15;
+const GET_GENERATION: u16 = 10 << 8 | 16;
+/// NFTA_GEN_ID
+const GENERATION_ID: u16 = 1;
+
+/// Watches one variant of iptables, from the moment it is opened.
+pub struct Disturbance {
+    source: Source,
+}
+
+enum Source {
+    /// The lock file.
+    Lock(Inotify),
+    /// The rule set's generation, as last settled.
+    Generation { socket: Socket, known: Option<u32> },
+    /// Nothing tells: only audits see changes.
+    None,
+}
+
+impl Disturbance {
+    /// Starts watching. Where the host offers nothing to watch, nothing is ever seen.
+    pub fn open(variant: Option<Variant>) -> Self {
+        let source = match variant {
+            Some(Variant::Legacy) => watch_lock(Path::new(LOCK)).map_or_else(
+                |error| {
+                    tracing::debug!(%error, lock = LOCK, "changes of rules are seen by audits only");
+                    Source::None
+                },
+                Source::Lock,
+            ),
+            Some(Variant::Nft) => match Socket::open(Protocol::Netfilter) {
+                Ok(socket) => Source::Generation { socket, known: None },
+                Err(error) => {
+                    tracing::debug!(%error, "changes of rules are seen by audits only");
+                    Source::None
+                }
+            },
+            None => Source::None,
+        };
+        let mut disturbance = Self { source };
+        disturbance.settle();
+        disturbance
+    }
+
+    /// What happened so far is known, or was our own doing.
+    pub fn settle(&mut self) {
+        match &mut self.source {
+            Source::Lock(lock) => {
+                drain(lock);
+            }
+            Source::Generation { socket, known } => *known = generation(socket),
+            Source::None => {}
+        }
+    }
+
+    /// Whether something happened since [`Disturbance::settle`].
+    pub fn is_seen(&mut self) -> bool {
+        match &mut self.source {
+            Source::Lock(lock) => is_readable(lock),
+            Source::Generation { socket, known } => generation(socket) != *known,
+            Source::None => false,
+        }
+    }
+}
+
+fn watch_lock(path: &Path) -> std::io::Result<Inotify> {
+    // Made as iptables makes it, where nobody has run yet.
+    std::fs::OpenOptions::new().create(true).append(true).open(path)?;
+    let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    watch.add_watch(path, AddWatchFlags::IN_OPEN)?;
+    Ok(watch)
+}
+
+fn is_readable(watch: &Inotify) -> bool {
+    let mut ready = [PollFd::new(watch.as_fd(), PollFlags::POLLIN)];
+    poll(&mut ready, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+}
+
+fn drain(watch: &Inotify) {
+    // Ends with EAGAIN, the descriptor being non-blocking; any other failure leaves events, which
+    // only cost an audit.
+    while watch.read_events().is_ok_and(|events| !events.is_empty()) {}
+}
+
+fn generation(socket: &mut Socket) -> Option<u32> {
+    let mut request = Batch::new();
+    request.message(GET_GENERATION, 0, |body| body.raw(&[0; 4]));
+    let answers = socket.dump(&request, |kind, payload| {
+        if kind != NEW_GENERATION {
+            return Ok(None);
+        }
+        for attribute in attributes(payload.get(4..).unwrap_or_default()) {
+            let attribute = attribute?;
+            if attribute.kind == GENERATION_ID {
+                return Ok(Some(attribute.be32()?));
+            }
+        }
+        Ok(None)
+    });
+    // A kernel without nf_tables gives the same answer each time: nothing is ever seen.
+    answers.ok()?.into_iter().next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_opens_the_lock_is_seen_until_settled() {
+        let path = std::env::temp_dir().join(format!("ferroute-lock-{}", std::process::id()));
+        let mut disturbance = Disturbance { source: Source::Lock(watch_lock(&path).unwrap()) };
+        disturbance.settle();
+        assert!(!disturbance.is_seen());
+        drop(std::fs::File::open(&path).unwrap());
+        assert!(disturbance.is_seen() && disturbance.is_seen());
+        disturbance.settle();
+        assert!(!disturbance.is_seen());
+        std::fs::remove_file(path).unwrap();
+        assert!(!Disturbance { source: Source::None }.is_seen());
+    }
+}
