@@ -167,7 +167,8 @@ pub fn select(candidates: &[Candidate<'_>], options: &Options, reasons: &mut Vec
     field.keep_lowest(Step::External, |path| path.source != Source::External);
     field.keep_lowest(Step::IgpMetric, |path| path.igp_metric);
     field.equal = true;
-    if options.prefer_oldest && field.left.iter().all(|&index| candidates[index].source == Source::External) {
+    // Past the step before last either all are external or none is.
+    if options.prefer_oldest && candidates[field.left[0]].source == Source::External {
         field.keep_lowest(Step::Age, |path| path.since);
     }
     field.keep_lowest(Step::RouterId, |path| path.originator());
@@ -178,7 +179,7 @@ pub fn select(candidates: &[Candidate<'_>], options: &Options, reasons: &mut Vec
     for &other in &field.left[1..] {
         field.reasons[other] = Reason::Multipath(Step::PathId);
     }
-    limit_multipath(reasons, usize::from(options.maximum_paths.max(1)));
+    limit_multipath(candidates, options, reasons);
     Some(best)
 }
 
@@ -196,19 +197,20 @@ pub fn rank(candidates: &[Candidate<'_>], options: &Options, count: usize) -> Ve
     ranked
 }
 
-/// Of paths that could share the traffic only the limit's number does: those that dropped out last.
-fn limit_multipath(reasons: &mut [Reason], maximum: usize) {
-    let sharing = reasons.iter().filter(|reason| matches!(reason, Reason::Multipath(_))).count();
-    let mut surplus = (sharing + 1).saturating_sub(maximum);
-    while surplus > 0 {
-        let first_out = reasons.iter_mut().rev().filter_map(|reason| match *reason {
-            Reason::Multipath(step) => Some((step, reason)),
-            _ => None,
-        });
-        // Of those that dropped out at the same step, the one that stands last goes first.
-        let Some((step, reason)) = first_out.min_by_key(|(step, _)| *step) else { break };
-        *reason = Reason::Lost(step);
-        surplus -= 1;
+/// Of paths that could share the traffic only the limit's number does: the next best. They are equal up to
+/// [`Step::IgpMetric`], so the names alone put them in an order.
+fn limit_multipath(candidates: &[Candidate<'_>], options: &Options, reasons: &mut [Reason]) {
+    let mut sharing: Vec<usize> =
+        (0..reasons.len()).filter(|&index| !matches!(reasons[index], Reason::Lost(_))).collect();
+    sharing.sort_by_key(|&index| {
+        let path = &candidates[index];
+        let age = if options.prefer_oldest && path.source == Source::External { path.since } else { 0 };
+        (age, path.originator(), path.attributes.cluster_list.len(), path.peer_address, path.path_id)
+    });
+    for index in sharing.into_iter().skip(usize::from(options.maximum_paths.max(1))) {
+        if let Reason::Multipath(step) = reasons[index] {
+            reasons[index] = Reason::Lost(step);
+        }
     }
 }
 
