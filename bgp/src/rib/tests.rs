@@ -955,6 +955,7 @@ impl Model {
 
     /// When everybody has pulled everything, peers and kernel know exactly what they should.
     fn check_settled(&mut self) {
+        #[allow(clippy::needless_range_loop)] // the index names the peer for half a dozen lookups
         for peer in 0..self.peers.len() {
             self.pull(peer, usize::MAX);
             let again = self.rib.advertise(self.peers[peer].id, usize::MAX);
