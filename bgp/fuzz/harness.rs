@@ -1,5 +1,5 @@
 //! What must hold for any octets that a peer sends, and octets that are worth sending. Shared by the
-//! fuzz targets, `examples/hammer.rs` and `tests/mutations.rs`.
+//! fuzz targets, `examples/message_hammer.rs` and `tests/mutations.rs`.
 
 use std::fmt::Write;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Changed messages: a short run of what `examples/hammer.rs` does for hours. One test, since memory is
+//! Changed messages: a short run of what `examples/message_hammer.rs` does for hours. One test, since memory is
 //! counted for the whole process.
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
