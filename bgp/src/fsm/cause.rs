@@ -52,6 +52,8 @@ pub enum Cause {
     Malformed(Notification, String),
     /// The peer sent a message that the state does not allow.
     Unexpected(&'static str, State),
+    /// The peer's OPEN did not come in time.
+    NoOpen(Duration),
     /// The peer was not heard in time.
     HoldTimer(Duration),
     /// The peer took nothing in time.
@@ -82,6 +84,12 @@ impl fmt::Display for Cause {
             Self::Received(notification) => write!(f, "peer sent NOTIFICATION {notification}"),
             Self::Malformed(notification, words) => write!(f, "{words}: sent NOTIFICATION {notification}"),
             Self::Unexpected(message, state) => write!(f, "peer sent {message} in state {state}"),
+            Self::NoOpen(time) => write!(
+                f,
+                "connected, but no OPEN came from the peer within {} s: it is stuck, or TTL security on one \
+                 side drops what the other sends",
+                time.as_secs()
+            ),
             Self::HoldTimer(time) => {
                 write!(f, "nothing heard from the peer for {} s (hold time)", time.as_secs())
             }
@@ -107,7 +115,7 @@ impl Cause {
                 State::Established => FsmError::Established,
                 State::Idle | State::Connect | State::Active => FsmError::Unspecified,
             })),
-            Self::HoldTimer(_) => Notification::new(NotificationError::HoldTimerExpired),
+            Self::NoOpen(_) | Self::HoldTimer(_) => Notification::new(NotificationError::HoldTimerExpired),
             Self::SendStalled => Notification::new(NotificationError::SendHoldTimerExpired),
             Self::Collision => Notification::cease(Cease::Collision),
         })

@@ -430,8 +430,11 @@ impl Machine {
             .map(|connection| connection.id)
             .collect();
         for id in silent {
-            let hold = self.negotiated(id).and_then(Negotiated::hold).unwrap_or(OPEN_WAIT);
-            self.end(id, Cause::HoldTimer(hold), Pause::Growing, now, actions);
+            let cause = match self.negotiated(id).and_then(Negotiated::hold) {
+                Some(hold) => Cause::HoldTimer(hold),
+                None => Cause::NoOpen(OPEN_WAIT),
+            };
+            self.end(id, cause, Pause::Growing, now, actions);
         }
         for index in 0..self.connections.len() {
             if !due(self.connections[index].keepalive) {

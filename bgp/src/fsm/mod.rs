@@ -171,8 +171,9 @@ pub struct Down {
     pub retain: bool,
 }
 
-/// Longest wait for an OPEN (RFC 4271 section 8.2.2 suggests four minutes).
-pub const OPEN_WAIT: Duration = Duration::from_secs(240);
+/// Longest wait for an OPEN. RFC 4271 section 8.2.2 suggests four minutes; no speaker needs one, and
+/// meanwhile an operator sees no reason.
+pub const OPEN_WAIT: Duration = Duration::from_secs(60);
 /// First pause after a failure.
 pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// A session that lasted this long was no failure: pauses begin anew.

@@ -221,8 +221,14 @@ fn hold_time_zero_is_no_timer_at_all() {
 fn a_peer_that_connects_and_says_nothing_is_left() {
     let mut run = Run::new(Initiative::Passive);
     run.all([Event::Start, Event::Accepted(FIRST)]);
-    assert_eq!(words(&run.after(239)), "");
-    assert_eq!(words(&run.after(1)), "1!4/0 1.close failed");
+    assert_eq!(words(&run.after(OPEN_WAIT.as_secs() - 1)), "");
+    let actions = run.after(1);
+    assert_eq!(words(&actions), "1!4/0 1.close failed");
+    let Some(Action::Failed(cause)) = actions.last() else { panic!("{actions:?}") };
+    assert!(
+        cause.to_string().starts_with("connected, but no OPEN came from the peer within 60 s"),
+        "{cause}"
+    );
 }
 
 #[test]

@@ -276,7 +276,9 @@ impl Dial {
     }
 }
 
-/// Readies a connection that a peer opened.
+/// Readies a connection that a peer opened. TTL security holds from here on: segments that came between
+/// the handshake and this call are not checked. Who is too far away has not seen the answer to its SYN,
+/// which went to the peer, so it has no connection to send them on.
 ///
 /// # Errors
 ///
