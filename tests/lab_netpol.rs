@@ -722,9 +722,13 @@ fn a_pod_start_costs_set_entries_and_a_held_lock_holds_back_chains_only() {
     // Another program holds the lock that the legacy variant takes.
     let variant = status(&lab, 1)["iptables"].as_str().unwrap().to_owned();
     if variant == "legacy" {
-        let mut holder =
-            Daemon::program(&lab.node(1).netns, "lock", "flock", &["/run/xtables.lock", "sleep", "30"])
-                .unwrap();
+        let mut holder = Daemon::program(
+            &lab.node(1).netns,
+            "lock",
+            "flock",
+            &["-o", "/run/xtables.lock", "sleep", "300"],
+        )
+        .unwrap();
         eventually("the lock is held", SOON, || {
             let free = lab.node(1).exec("flock", &["-n", "/run/xtables.lock", "true"]).is_ok();
             if free { Err("free".to_owned()) } else { Ok(()) }

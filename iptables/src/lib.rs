@@ -11,6 +11,7 @@
 //! reading and never written.
 
 mod command;
+mod icmp;
 pub mod ipset;
 mod matches;
 mod name;
@@ -25,6 +26,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 pub use command::{Command, Detected, Error, Mixed, Reason, Variant};
+pub use icmp::icmp_accepts;
 pub use matches::{
     AddressType, Direction, Ipvs, IpvsDirection, IpvsMethod, Match, Per, Physdev, PortRange, State, TcpFlags,
 };

@@ -14,7 +14,7 @@ use std::net::IpAddr;
 
 use ferroute_iptables::{
     AddressType, Builtin, ChainName, Direction as End, Family, Jump, Match, Per, PortRange, Position,
-    RejectWith, Rule, Ruleset, SetName, State, Target,
+    RejectWith, Rule, Ruleset, SetName, State, Target, icmp_accepts,
 };
 use ipnet::IpNet;
 
@@ -92,7 +92,8 @@ pub(crate) fn fixed(options: &Options, family: Family) -> Ruleset {
         (name::input(), input(options, family)),
         (name::forward(), forward(options, family)),
         (name::output(), output(options, family)),
-        (name::common(), common(family)),
+        // Neighbour discovery crosses the bridge.
+        (name::common(), icmp_accepts(family)),
         (
             name::allow(),
             vec![
@@ -253,33 +254,6 @@ fn judged(family: Family, direction: Direction) -> Rule {
 
 fn accept() -> Rule {
     Rule::new(Target::Accept).comment("rule to explicitly ACCEPT traffic that comply to network policies")
-}
-
-/// ICMP that every pod may send and get, as kube-router has it (types of RFC 792 and RFC 4443; neighbour
-/// discovery crosses the bridge).
-fn common(family: Family) -> Vec<Rule> {
-    let kinds: &[(u8, &str)] = match family {
-        Family::V4 => &[
-            (8, "allow icmp echo requests"),
-            (3, "allow icmp destination unreachable messages"),
-            (11, "allow icmp time exceeded messages"),
-        ],
-        Family::V6 => &[
-            (128, "allow icmp echo requests"),
-            (1, "allow icmp destination unreachable messages"),
-            (2, "allow icmp packet too big messages"),
-            (3, "allow icmp time exceeded messages"),
-            (135, "allow icmp neighbor solicitation messages"),
-            (136, "allow icmp neighbor advertisement messages"),
-            (129, "allow icmp echo reply messages"),
-        ],
-    };
-    kinds
-        .iter()
-        .map(|(kind, comment)| {
-            Rule::new(Target::Accept).when(Match::Icmp { kind: *kind, code: None }).comment(comment)
-        })
-        .collect()
 }
 
 /// Pods that the same policies select.

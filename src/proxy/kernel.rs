@@ -327,13 +327,7 @@ impl Kernel {
         changes: &[ipset::Change],
         sets: &mut Sets,
     ) -> Result<Vec<ipset::Failed>, Error> {
-        let failures = self.sets.apply(changes)?;
-        for (index, change) in changes.iter().enumerate() {
-            if !failures.iter().any(|failure| failure.change == index) {
-                ipset::apply_to(sets, std::slice::from_ref(change));
-            }
-        }
-        Ok(failures)
+        Ok(self.sets.apply_noting(changes, sets)?)
     }
 
     /// Replaces sets of another type: our chains go first, since the kernel destroys no set that a

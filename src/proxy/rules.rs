@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use ferroute_iptables::{
     AddressType, Builtin, ChainName, Direction, Family, Ipvs, IpvsDirection, IpvsMethod, Jump, Match,
-    Position, Protocol, RejectWith, Rule, Ruleset, State, TableName, Target, TcpFlags,
+    Position, Protocol, RejectWith, Rule, Ruleset, State, TableName, Target, TcpFlags, icmp_accepts,
 };
 
 use super::facts::Facts;
@@ -123,32 +123,6 @@ fn refuse_association(family: Family) -> Rule {
     };
     // Associations with an endpoint that drains go on.
     Rule::new(target).when(Match::Protocol(Protocol::SCTP)).when(Match::State(vec![State::New]))
-}
-
-fn icmp_accepts(family: Family) -> Vec<Rule> {
-    // RFC 792 and RFC 4443 type numbers.
-    let kinds: &[(u8, &str)] = match family {
-        Family::V4 => &[
-            (8, "allow icmp echo requests"),
-            (3, "allow icmp destination unreachable messages"),
-            (11, "allow icmp time exceeded messages"),
-        ],
-        Family::V6 => &[
-            (128, "allow icmp echo requests"),
-            (1, "allow icmp destination unreachable messages"),
-            (2, "allow icmp packet too big messages"),
-            (3, "allow icmp time exceeded messages"),
-            (135, "allow icmp neighbor solicitation messages"),
-            (136, "allow icmp neighbor advertisement messages"),
-            (129, "allow icmp echo reply messages"),
-        ],
-    };
-    kinds
-        .iter()
-        .map(|(kind, comment)| {
-            Rule::new(Target::Accept).when(Match::Icmp { kind: *kind, code: None }).comment(comment)
-        })
-        .collect()
 }
 
 /// Clients on this node get the mark of the virtual server that is theirs: pods on the way in,

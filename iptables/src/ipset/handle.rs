@@ -113,6 +113,20 @@ impl Handle {
         Ok(sets)
     }
 
+    /// [`Self::apply`], and notes in `sets` what the kernel took: a copy of its tables stays one.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn apply_noting(&mut self, changes: &[Change], sets: &mut Sets) -> Result<Vec<Failed>, Error> {
+        let failures = self.apply(changes)?;
+        for (index, change) in changes.iter().enumerate() {
+            if !failures.iter().any(|failure| failure.change == index) {
+                super::apply_to(sets, std::slice::from_ref(change));
+            }
+        }
+        Ok(failures)
+    }
+
     /// Carries out changes in order, batched; those that the kernel refuses are returned and the rest goes
     /// on. Applying a change again is harmless. One list must not both add and delete an entry ([`super::diff`]
     /// never does): entries of a refused message are tried once more at the end.
