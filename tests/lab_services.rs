@@ -367,6 +367,91 @@ fn zone_hints_keep_traffic_in_the_zone() {
 }
 
 #[test]
+fn node_hints_keep_traffic_on_the_node_and_zones_stand_in() {
+    let lab = shared();
+    lab.put_service(&service("near", 43, json!({"trafficDistribution": "PreferSameNode"})));
+    let [one, two, three] = [("p1-1", "n1", "east"), ("p2-1", "n2", "west"), ("p3-1", "n3", "east")]
+        .map(|(pod, node, zone)| Endpoint::of(lab.pod(pod)).nodes(&[node]).zones(&[zone]));
+    lab.put_slices("near", &[one, two.clone(), three.clone()]);
+    for vip in vips(43) {
+        for (number, expected) in [(1, "p1-1"), (2, "p2-1"), (3, "p3-1")] {
+            wait_destinations(lab.node(number), Protocol::Tcp, at(vip, 80), 1);
+            for protocol in Protocol::ALL {
+                assert_eq!(who(lab.pod(&format!("p{number}-2")), protocol, at(vip, 80), 3), [expected]);
+                assert_eq!(who(&lab.node(number).netns, protocol, at(vip, 80), 3), [expected]);
+            }
+        }
+    }
+    // Nobody is on n1 any more: its zone serves it, and the other nodes keep to themselves.
+    lab.put_slices("near", &[two, three]);
+    for vip in vips(43) {
+        for (number, expected) in [(1, "p3-1"), (2, "p2-1"), (3, "p3-1")] {
+            wait_destinations(lab.node(number), Protocol::Udp, at(vip, 80), 1);
+            eventually(expected, SOON, || {
+                let found = lab.pod(&format!("p{number}-2")).spread(Protocol::Tcp, at(vip, 80), 2);
+                if found.pods.keys().eq([expected]) { Ok(()) } else { Err(found.to_string()) }
+            });
+        }
+    }
+}
+
+#[test]
+fn addresses_that_are_not_ready_are_served_where_the_service_says_so() {
+    let lab = shared();
+    let starting = Endpoint::of(lab.pod("p1-1")).state(false, false, false);
+    for (name, number, publish) in [("early", 44, true), ("patient", 45, false)] {
+        lab.put_service(&service(name, number, json!({"publishNotReadyAddresses": publish})));
+        lab.put_slices(name, std::slice::from_ref(&starting));
+    }
+    lab.wait_served(44, 1);
+    lab.wait_served(45, 0);
+    for (early, patient) in vips(44).into_iter().zip(vips(45)) {
+        for protocol in Protocol::ALL {
+            assert_eq!(who(lab.pod("p2-1"), protocol, at(early, 80), 2), ["p1-1"]);
+            assert_refused(lab.pod("p2-1"), protocol, at(patient, 80), "not ready");
+        }
+    }
+    // The Service changes its mind; the slices stay.
+    lab.put_service(&service("early", 44, json!({"publishNotReadyAddresses": false})));
+    lab.wait_served(44, 0);
+}
+
+#[test]
+fn the_annotation_for_local_endpoints_holds_for_the_outside_only() {
+    let lab = shared();
+    let ips = ["198.18.0.40", "2001:db8:1b::40"];
+    let spec = json!({
+        "type": "LoadBalancer", "annotations": {"kube-router.io/service.local": "true"},
+        "internalTrafficPolicy": "Local", "status": load_balancer(&ips), "ports": node_ports(30340),
+    });
+    lab.put_service(&service("kept", 46, spec));
+    lab.put_slices("kept", &["p1-1", "p2-1"].map(|name| Endpoint::of(lab.pod(name))));
+    lab.wait_served(46, 2);
+    for lb in ips.map(ip) {
+        let own = like(&lab.cluster.client.ips, lb);
+        for protocol in Protocol::ALL {
+            eventually("only the pod of n1", SOON, || {
+                let tally = lab.cluster.client.spread(protocol, at(lb, 80), 4);
+                if tally.failed == 0 && tally.pods.keys().eq(["p1-1"]) {
+                    Ok(())
+                } else {
+                    Err(tally.to_string())
+                }
+            });
+            let answer = ask(&lab.cluster.client, protocol, at(lb, 80), "the outside");
+            assert_eq!(answer.peer.ip(), own, "the client's address is kept");
+        }
+        // n3 has none: remote clients get no answer there, pods of the cluster are served everywhere.
+        let n3 = like(&lab.node(3).ips, lb);
+        let reply = lab.cluster.client.ask(Protocol::Tcp, at(n3, 30340), Duration::from_millis(700));
+        assert!(!matches!(reply, Reply::Answer(_)), "{reply:?}");
+    }
+    for vip in vips(46) {
+        assert_eq!(who(lab.pod("p3-1"), Protocol::Tcp, at(vip, 80), 4), ["p1-1", "p2-1"]);
+    }
+}
+
+#[test]
 fn session_affinity_keeps_each_client_with_its_pod() {
     let lab = shared();
     let affinity = |seconds: u32| {

@@ -21,7 +21,11 @@ use hyper_util::rt::TokioExecutor;
 use ipnet::IpNet;
 use kube::client::ConfigExt;
 use kube::config::{Kubeconfig, KubeconfigError};
+use tower::util::MapRequestLayer;
 use tower::{BoxError, ServiceBuilder};
+
+use super::token::TokenFile;
+use super::trouble::describe;
 
 /// The server ends a watch after this; bookmarks every minute or so keep it alive until then.
 pub const WATCH_SECONDS: u32 = 240;
@@ -98,13 +102,23 @@ pub enum Error {
     ServiceAccount(String),
     /// TLS or the credentials could not be set up.
     #[error(
-        "API server {server}: cannot set up the connection: {source}; check the certificates and credentials"
+        "API server {server}: cannot set up the connection: {why}; check the certificates and credentials"
     )]
     Client {
         /// The server's address.
         server: String,
-        /// What is wrong.
-        source: Box<kube::Error>,
+        /// What is wrong; never what a credential plugin printed.
+        why: String,
+    },
+    /// There is no token where one should be.
+    #[error(
+        "token file {path}: {why}; let it hold the token alone (a Pod's is mounted by automountServiceAccountToken)"
+    )]
+    Token {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it; never its text.
+        why: String,
     },
 }
 
@@ -125,10 +139,11 @@ impl Access {
             service_host: std::env::var("KUBERNETES_SERVICE_HOST").ok(),
             in_pod: Path::new(TOKEN_FILE).exists(),
         };
-        let config = self.config(&surroundings)?;
+        let mut config = self.config(&surroundings)?;
         let server = config.cluster_url.to_string();
         tracing::info!(server, "API server");
-        connect(config).map_err(|source| Error::Client { server, source: Box::new(source) })
+        let token = token_file(&mut config)?;
+        connect(config, token).map_err(|error| Error::Client { server, why: describe(&error) })
     }
 
     fn config(&self, surroundings: &Surroundings) -> Result<kube::Config, Error> {
@@ -166,11 +181,31 @@ impl Access {
             config.root_cert = Some(Vec::new());
             config.root_cert_file = None;
         }
+        if config.accept_invalid_certs {
+            // Nothing is verified, so no authority is needed, not even the image's own.
+            tracing::warn!(
+                "insecure-skip-tls-verify: whoever answers at the API server's address is believed; name its \
+                 certificate-authority in the kubeconfig instead"
+            );
+            config.root_cert = Some(Vec::new());
+            config.root_cert_file = None;
+        }
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         config.read_timeout = Some(READ_TIMEOUT);
         config.write_timeout = Some(UNACKNOWLEDGED);
         Ok(config)
     }
+}
+
+/// Takes the token file out of the configuration: the client would look at it once a minute only.
+/// Where something else has precedence, the client does as it always does.
+fn token_file(config: &mut kube::Config) -> Result<Option<TokenFile>, Error> {
+    let auth = &mut config.auth_info;
+    if auth.token.is_some() || (auth.username.is_some() && auth.password.is_some()) {
+        return Ok(None);
+    }
+    let Some(path) = auth.token_file.take().map(PathBuf::from) else { return Ok(None) };
+    TokenFile::open(&path).map(Some).map_err(|why| Error::Token { path, why })
 }
 
 fn kubeconfig(path: &Path, master: Option<Uri>) -> Result<kube::Config, Error> {
@@ -253,7 +288,7 @@ fn server_address(text: &str) -> Result<Uri, Error> {
 
 /// kube's own client, but with TCP keepalive, so that a peer that vanished without a word is
 /// noticed in half a minute, and without its log lines for every failed attempt.
-fn connect(config: kube::Config) -> Result<kube::Client, kube::Error> {
+fn connect(config: kube::Config, token: Option<TokenFile>) -> Result<kube::Client, kube::Error> {
     let mut connector = HttpConnector::new();
     connector.enforce_http(false);
     connector.set_nodelay(true);
@@ -272,6 +307,12 @@ fn connect(config: kube::Config) -> Result<kube::Client, kube::Error> {
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
+        .option_layer(token.map(|token| {
+            MapRequestLayer::new(move |mut request: http::Request<kube::client::Body>| {
+                token.sign(request.headers_mut());
+                request
+            })
+        }))
         .layer(config.extra_headers_layer()?)
         .map_err(BoxError::from)
         .service(transport);

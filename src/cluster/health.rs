@@ -88,11 +88,12 @@ impl WatchHealth {
         lock(&self.kinds).entry(kind).or_default();
     }
 
-    pub(super) fn received(&self, kind: Kind) {
+    /// An object came, in what was read at this time.
+    pub(super) fn received(&self, kind: Kind, at: Instant) {
         self.update(kind, |health| {
             health.events += 1;
             health.connected = true;
-            health.last_event = Some(Instant::now());
+            health.last_event = Some(at);
         });
     }
 

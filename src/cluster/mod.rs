@@ -16,6 +16,8 @@ pub mod network_policy;
 pub mod node;
 pub mod service;
 pub mod source;
+mod token;
+mod trouble;
 mod unreadable;
 mod watch;
 pub mod wire;
@@ -223,6 +225,8 @@ struct InboxContent {
     dirty: Dirty,
     /// Set by [`Waker::wake`]: end the wait although nothing in the cluster changed.
     woken: bool,
+    /// The reader sleeps. Waking one that does not would be a system call per object of a list.
+    waiting: bool,
 }
 
 /// A room's view of what changed. Dropping it unsubscribes.
@@ -486,14 +490,17 @@ impl Cluster {
 
     /// Adds a change to the inbox of everyone who reads that kind, and wakes them.
     fn mark(&self, kind: Kind, change: impl Fn(&mut Dirty)) {
-        let now = Instant::now();
         for inbox in lock(&self.inner.subscribers).iter().filter(|inbox| inbox.kinds.contains(&kind)) {
             let mut content = lock(&inbox.content);
             change(&mut content.dirty);
-            content.dirty.since.get_or_insert(now);
+            // Only the oldest change needs a time.
+            content.dirty.since.get_or_insert_with(Instant::now);
+            let waiting = std::mem::take(&mut content.waiting);
             // Who wakes up needs the lock at once.
             drop(content);
-            inbox.arrived.notify_all();
+            if waiting {
+                inbox.arrived.notify_all();
+            }
         }
     }
 }
@@ -509,9 +516,11 @@ impl Subscription {
             if left.is_zero() {
                 break;
             }
+            content.waiting = true;
             content =
                 self.inbox.arrived.wait_timeout(content, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+        content.waiting = false;
         if !gather.is_zero() && !content.woken && !content.dirty.is_empty() {
             drop(content);
             std::thread::sleep(gather);

@@ -19,6 +19,7 @@ use super::access::WATCH_SECONDS;
 use super::feed::{Feed, Stored};
 use super::health::WatchHealth;
 use super::interests::Interests;
+use super::trouble::describe;
 use super::wire::{
     Item, NamespaceObject, NetworkPolicyObject, NodeObject, PodObject, ServiceCidrObject, ServiceObject,
     SliceObject, Version,
@@ -80,6 +81,7 @@ async fn watch<T: Stored>(client: &Client, cluster: &Cluster, reporter: &Reporte
         version: 0,
         phase: Phase::Connecting,
         list_started: Instant::now(),
+        heard: Instant::now(),
         outage: Outage::default(),
         resume_failures: 0,
     };
@@ -123,6 +125,8 @@ struct Watch<T: Stored> {
     version: usize,
     phase: Phase,
     list_started: Instant,
+    /// When the server last made us wait and then said something.
+    heard: Instant,
     outage: Outage,
     resume_failures: u32,
 }
@@ -131,9 +135,18 @@ impl<T: Stored> Watch<T> {
     async fn run(&mut self) {
         let mut events = self.open();
         loop {
-            let heard = match self.patience() {
-                Some(patience) => tokio::time::timeout(patience, events.next()).await,
-                None => Ok(events.next().await),
+            // What has arrived already needs neither a timer nor a look at the clock, which the
+            // thousands of objects of a list would pay one by one.
+            let heard = match events.next().now_or_never() {
+                Some(event) => Ok(event),
+                None => {
+                    let heard = match self.patience() {
+                        Some(patience) => tokio::time::timeout(patience, events.next()).await,
+                        None => Ok(events.next().await),
+                    };
+                    self.heard = Instant::now();
+                    heard
+                }
             };
             let next = match heard {
                 Ok(Some(Ok(event))) => {
@@ -220,7 +233,7 @@ impl<T: Stored> Watch<T> {
                 return;
             }
             Event::InitApply(item) => {
-                self.health.received(T::KIND);
+                self.health.received(T::KIND, self.heard);
                 self.feed.apply(item);
             }
             Event::InitDone => {
@@ -230,11 +243,11 @@ impl<T: Stored> Watch<T> {
                 tracing::debug!(kind = %T::KIND, took = ?self.list_started.elapsed(), "listed");
             }
             Event::Apply(item) => {
-                self.health.received(T::KIND);
+                self.health.received(T::KIND, self.heard);
                 self.feed.apply(item);
             }
             Event::Delete(item) => {
-                self.health.received(T::KIND);
+                self.health.received(T::KIND, self.heard);
                 self.feed.delete_item(&item);
             }
         }
@@ -278,6 +291,19 @@ impl<T: Stored> Watch<T> {
     }
 
     fn failed(&mut self, error: &str, next: Next) {
+        let forbidden;
+        let error = match next {
+            Next::Forbidden => {
+                forbidden = format!(
+                    "not allowed to list and watch {}{}: {error}; bind the ClusterRole of daemonset/rbac.yaml to this \
+                     account, or add the rule to its own",
+                    T::PLURAL,
+                    if T::GROUP.is_empty() { String::new() } else { format!(".{}", T::GROUP) }
+                );
+                &*forbidden
+            }
+            _ => error,
+        };
         self.health.failed(T::KIND, error);
         match next {
             Next::UsePages => {
@@ -288,14 +314,7 @@ impl<T: Stored> Watch<T> {
                 tracing::info!("the API server has no ServiceCIDR objects");
             }
             Next::Forbidden if T::KIND == Kind::ServiceCidr => {
-                self.outage.say(T::KIND, "not allowed to list ServiceCIDRs (networking.k8s.io); going on without, add them to the ClusterRole");
-            }
-            Next::Forbidden => {
-                let message = format!(
-                    "not allowed to list and watch {}: {error}; add the rule to the ClusterRole",
-                    T::PLURAL
-                );
-                self.outage.say(T::KIND, &message);
+                tracing::warn!(kind = %T::KIND, error, "going on without ServiceCIDRs");
             }
             _ => self.outage.say(T::KIND, error),
         }
@@ -359,22 +378,6 @@ impl Outage {
         }
         (self.since, self.said) = (None, None);
     }
-}
-
-/// The error with its causes, on one line. The client's errors carry no credentials.
-fn describe(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text.push_str(": ");
-            text.push_str(&inner_text);
-        }
-        cause = inner.source();
-    }
-    text.truncate(text.char_indices().nth(500).map_or(text.len(), |(at, _)| at));
-    text
 }
 
 #[cfg(test)]

@@ -258,9 +258,16 @@ impl Endpoint {
         self
     }
 
-    pub fn zones(mut self, zones: &[&str]) -> Self {
-        let list: Vec<Value> = zones.iter().map(|zone| json!({"name": zone})).collect();
-        self.hints = json!({"forZones": list});
+    pub fn zones(self, zones: &[&str]) -> Self {
+        self.hint("forZones", zones)
+    }
+
+    pub fn nodes(self, nodes: &[&str]) -> Self {
+        self.hint("forNodes", nodes)
+    }
+
+    fn hint(mut self, field: &str, names: &[&str]) -> Self {
+        self.hints[field] = names.iter().map(|name| json!({"name": name})).collect();
         self
     }
 }

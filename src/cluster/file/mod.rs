@@ -261,8 +261,9 @@ impl Reader {
         for what in std::mem::take(&mut self.mended) {
             self.cluster.set_readable(&what);
         }
+        let now = Instant::now();
         for kind in &self.interests.kinds {
-            self.health.received(*kind);
+            self.health.received(*kind, now);
         }
         unsettled
     }

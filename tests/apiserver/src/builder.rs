@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::node::{NodeSpec, node_range};
 use crate::registry::Resource;
 use crate::state::{Kubelet, Settings, State};
+use crate::tls::Tls;
 use crate::{ApiServer, controllers, serve};
 
 /// Settings of a server to start.
@@ -35,6 +36,7 @@ impl Default for Builder {
                 kubelet: Kubelet::default(),
                 controllers: true,
                 token_file: None,
+                tls: None,
                 bookmark_interval: Duration::from_secs(60),
                 history_limit: 50_000,
                 advertise: Vec::new(),
@@ -119,6 +121,13 @@ impl Builder {
         self
     }
 
+    /// Speaks TLS only, with this certificate.
+    #[must_use]
+    pub fn tls(mut self, tls: Tls) -> Self {
+        self.settings.tls = Some(tls);
+        self
+    }
+
     /// Time between bookmarks of an open watch. Default: 60 s.
     #[must_use]
     pub fn bookmark_interval(mut self, interval: Duration) -> Self {
@@ -153,6 +162,7 @@ impl Builder {
     /// # Errors
     /// When the address cannot be bound, or settings do not fit (a node name twice, ...).
     pub fn start(mut self) -> io::Result<ApiServer> {
+        let tls = self.settings.tls.as_ref().map(Tls::acceptor).transpose()?;
         let listener = std::net::TcpListener::bind(self.settings.listen)?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
@@ -177,7 +187,7 @@ impl Builder {
                     tokio::spawn(controllers::run(shared.clone()));
                 }
                 tokio::select! {
-                    _ = serve::run(shared, listener) => {}
+                    _ = serve::run(shared, listener, tls) => {}
                     _ = stopped => {}
                 }
             });

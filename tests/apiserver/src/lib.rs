@@ -38,6 +38,7 @@ mod state;
 mod status;
 mod store;
 mod tables;
+mod tls;
 mod verbs;
 mod watch;
 
@@ -55,6 +56,7 @@ pub use node::NodeSpec;
 pub use registry::Resource;
 pub use state::Kubelet;
 pub use status::{Cause, Refusal};
+pub use tls::{Authority, Identity, Tls};
 
 use patch::PatchKind;
 use selector::Scope;
@@ -80,9 +82,10 @@ impl ApiServer {
         Builder::default()
     }
 
-    /// `http://address:port`
+    /// `http://address:port`, or `https://` when it speaks TLS.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        let scheme = if self.state.settings.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
     }
 
     /// The listening address.

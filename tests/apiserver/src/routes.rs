@@ -34,8 +34,12 @@ pub type Body = UnsyncBoxBody<Bytes, io::Error>;
 const BODY_LIMIT: usize = 16 * 1024 * 1024;
 
 /// Answers one request. Never fails: refusals become `Status` objects; a fault may cut the connection.
-pub async fn handle(state: Arc<State>, request: Request<Incoming>) -> Result<Response<Body>, Cut> {
-    match route(state, request).await {
+pub async fn handle(
+    state: Arc<State>,
+    caller: Caller,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Cut> {
+    match route(state, caller, request).await {
         Ok(response) => Ok(response),
         Err(Failed::Cut) => Err(Cut),
         Err(Failed::Refused(refusal, retry_after)) => {
@@ -46,6 +50,13 @@ pub async fn handle(state: Arc<State>, request: Request<Incoming>) -> Result<Res
             Ok(response)
         }
     }
+}
+
+/// What the connection itself says about who asks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Caller {
+    /// It showed a client certificate that the server's authority has signed.
+    pub verified: bool,
 }
 
 /// The connection is to be cut instead of answered.
@@ -118,7 +129,11 @@ impl Call {
     }
 }
 
-async fn route(state: Arc<State>, request: Request<Incoming>) -> Result<Response<Body>, Failed> {
+async fn route(
+    state: Arc<State>,
+    caller: Caller,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Failed> {
     let delay = state.faults.current_delay();
     let (parts, body) = request.into_parts();
     let path = parts.uri.path().to_owned();
@@ -140,7 +155,7 @@ async fn route(state: Arc<State>, request: Request<Incoming>) -> Result<Response
     if !delay.is_zero() {
         tokio::time::sleep(delay).await;
     }
-    authenticate(&state, header(AUTHORIZATION))?;
+    authenticate(&state, caller, header(AUTHORIZATION))?;
     let words: Vec<String> = path.split('/').filter(|w| !w.is_empty()).map(decode).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words[..] {
@@ -182,7 +197,7 @@ async fn route(state: Arc<State>, request: Request<Incoming>) -> Result<Response
         }
         let (reason, message) = match failure.status {
             401 => ("Unauthorized", "Unauthorized"),
-            403 => ("Forbidden", "refused on demand"),
+            403 => ("Forbidden", &*forbidden(verb, &target.resource)),
             404 => ("NotFound", "the server could not find the requested resource"),
             410 => ("Expired", "too old resource version, on demand"),
             429 => (
@@ -198,7 +213,10 @@ async fn route(state: Arc<State>, request: Request<Incoming>) -> Result<Response
     dispatch(&state, call, &target)
 }
 
-fn authenticate(state: &State, header: &str) -> Result<(), Refusal> {
+fn authenticate(state: &State, caller: Caller, header: &str) -> Result<(), Refusal> {
+    if caller.verified {
+        return Ok(());
+    }
     let Some(path) = &state.settings.token_file else { return Ok(()) };
     // Read at every request: rotation needs no signal.
     let token = std::fs::read_to_string(path).unwrap_or_default();
@@ -207,6 +225,18 @@ fn authenticate(state: &State, header: &str) -> Result<(), Refusal> {
         return Err(Refusal::new(401, "Unauthorized", "Unauthorized"));
     }
     Ok(())
+}
+
+/// The words of the RBAC authorizer.
+fn forbidden(verb: &str, resource: &Resource) -> String {
+    format!(
+        "{}{} is forbidden: User \"system:serviceaccount:kube-system:ferroute\" cannot {verb} resource \"{}\" in API \
+         group \"{}\" at the cluster scope",
+        resource.plural,
+        if resource.group.is_empty() { String::new() } else { format!(".{}", resource.group) },
+        resource.plural,
+        resource.group
+    )
 }
 
 fn list_resources(state: &State, group: &str, version: &str) -> Result<Response<Body>, Failed> {

@@ -8,14 +8,16 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
 
-use crate::routes;
+use crate::routes::{self, Caller};
 use crate::state::State;
 
 /// Serves until the task is dropped. In an outage the socket is closed, so that connections are
 /// refused, and comes back on the same port.
-pub async fn run(state: Arc<State>, listener: TcpListener) -> io::Result<()> {
+pub async fn run(state: Arc<State>, listener: TcpListener, tls: Option<TlsAcceptor>) -> io::Result<()> {
     let address = listener.local_addr()?;
     let mut listener = Some(listener);
     let mut outage = state.faults.outage.subscribe();
@@ -33,7 +35,7 @@ pub async fn run(state: Arc<State>, listener: TcpListener) -> io::Result<()> {
             accepted = open.accept() => match accepted {
                 Ok((stream, _)) => {
                     let _ = stream.set_nodelay(true);
-                    tokio::spawn(connection(state.clone(), stream));
+                    tokio::spawn(welcome(state.clone(), stream, tls.clone()));
                 }
                 // Out of descriptors or a connection that died in the queue: go on.
                 Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
@@ -53,9 +55,26 @@ async fn reopen(address: SocketAddr) -> TcpListener {
     }
 }
 
-async fn connection(state: Arc<State>, stream: tokio::net::TcpStream) {
+async fn welcome(state: Arc<State>, stream: TcpStream, tls: Option<TlsAcceptor>) {
+    match tls {
+        None => connection(state, stream, Caller::default()).await,
+        Some(acceptor) => match acceptor.accept(stream).await {
+            Ok(stream) => {
+                let verified = stream.get_ref().1.peer_certificates().is_some();
+                connection(state, stream, Caller { verified }).await;
+            }
+            // A client that does not trust us ends here; tests count how often.
+            Err(_) => state.faults.count("handshake", "failed"),
+        },
+    }
+}
+
+async fn connection<S>(state: Arc<State>, stream: S, caller: Caller)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let mut outage = state.faults.outage.subscribe();
-    let service = service_fn(move |request| routes::handle(state.clone(), request));
+    let service = service_fn(move |request| routes::handle(state.clone(), caller, request));
     let served =
         http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(stream), service);
     tokio::select! {

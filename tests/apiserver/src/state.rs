@@ -13,6 +13,7 @@ use crate::admission::services::Allocator;
 use crate::faults::Faults;
 use crate::registry::{Registry, Resource};
 use crate::store::{Key, Store};
+use crate::tls::Tls;
 
 /// Who runs the pods.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +46,7 @@ pub struct Settings {
     pub kubelet: Kubelet,
     pub controllers: bool,
     pub token_file: Option<PathBuf>,
+    pub tls: Option<Tls>,
     pub bookmark_interval: Duration,
     pub history_limit: usize,
     /// Addresses and port of the API server for default/kubernetes; none leaves that Service out.
