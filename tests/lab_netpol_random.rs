@@ -44,7 +44,7 @@ fn random_clusters_fare_as_the_judge_says() {
     };
     let (clusters, packets) = (number("FERROUTE_CLUSTERS", 300), number("FERROUTE_PACKETS", 240));
     let first = number("FERROUTE_SEED", 1);
-    let time = Duration::from_secs(number("FERROUTE_SECONDS", 420));
+    let time = Duration::from_secs(number("FERROUTE_SECONDS", 300));
     let begin = Instant::now();
     let mut done = 0;
     for seed in first..first + clusters {
