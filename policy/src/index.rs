@@ -522,14 +522,15 @@ impl Index {
     fn write_policy(&mut self, key: &Key) {
         let policy = self.policy(key).cloned().filter(|_| self.selected.contains_key(key));
         for direction in Direction::BOTH {
-            let rules = policy.as_ref().and_then(|policy| policy.rules(direction));
+            let rules = policy.as_ref().and_then(|policy| Some((policy, policy.rules(direction)?)));
             let mut used = BTreeMap::new();
             let mut chains: BTreeMap<Family, Vec<ChainRule>> =
                 self.options.families.iter().map(|family| (*family, Vec::new())).collect();
-            for rule in rules.into_iter().flatten() {
+            for (policy, rule) in
+                rules.into_iter().flat_map(|(policy, rules)| rules.iter().map(move |r| (policy, r)))
+            {
                 for (family, chain) in &mut chains {
-                    let selector = policy.as_ref().map(|policy| &policy.pod_selector);
-                    compile(key, selector.unwrap_or(&NOBODY), direction, rule, *family, chain, &mut used);
+                    compile(key, &policy.pod_selector, direction, rule, *family, chain, &mut used);
                 }
             }
             self.use_definitions(direction, key, used);
@@ -625,9 +626,6 @@ fn drop_from(sets: &mut BTreeMap<Key, BTreeSet<Key>>, key: &Key, member: &Key) {
         }
     }
 }
-
-/// A selector for a policy that is gone.
-static NOBODY: crate::Selector = crate::Selector { requirements: Vec::new() };
 
 fn put_chain(
     ruleset: &mut Ruleset,
