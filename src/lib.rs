@@ -6,6 +6,7 @@
 //!   every change names the keys it touches and wakes the rooms that read them.
 //! - [`proxy`]: Services to IPVS virtual servers, sets, local routes and the proxy firewall.
 //! - [`netpol`]: NetworkPolicies to iptables chains and sets.
+//! - [`routes`]: BGP peers, advertisements and the pod network; the daemon does not start it.
 //! - [`chains`], [`schedule`], [`disturbance`]: what every room that writes the kernel shares.
 //! - [`host`]: this machine's kernel: links, routes, sysctls, conntrack; dump and apply only.
 //! - [`config`]: the command line, as typed values.
@@ -33,5 +34,6 @@ pub mod metrics;
 pub mod netpol;
 pub mod proxy;
 pub mod report;
+pub mod routes;
 pub mod schedule;
 pub mod supervise;

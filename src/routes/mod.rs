@@ -1,0 +1,19 @@
+//! Routes: this node's BGP speaker, and the pod network that it carries.
+//!
+//! - [`settings`]: what the user chose for BGP. Plain data.
+//!
+//! The control half owns the [`Speaker`]; whoever programs routes follows [`CurrentSpeaker`] and
+//! takes [`Speaker::watch`] of each speaker that appears there.
+
+pub mod settings;
+
+use ferroute_bgp::speaker::Speaker;
+use tokio::sync::watch;
+
+pub use settings::Settings;
+
+/// The speaker that runs now. There is none before this node's AS and router id are known, and
+/// another one when these change: BGP has no way to change them within a session. The watch of the one
+/// before ends; routes in the kernel stay until the new one says that it has heard all
+/// ([`Changes::complete`](ferroute_bgp::speaker::Changes::complete)).
+pub type CurrentSpeaker = watch::Receiver<Option<Speaker>>;
