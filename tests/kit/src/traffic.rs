@@ -106,7 +106,8 @@ pub enum Reply {
     Refused,
     /// Nothing came.
     Timeout,
-    /// An ICMP error other than "port unreachable", or no route here; with the errno it became.
+    /// An ICMP error other than "port unreachable", no route here, or a packet filter of the sender's own
+    /// (EPERM); with the errno it became.
     Unreachable(Errno),
     /// Accepted, then reset or closed without an answer.
     Reset,
@@ -120,7 +121,7 @@ impl Reply {
             Some(Errno::ECONNREFUSED) => Self::Refused,
             Some(Errno::ECONNRESET | Errno::EPIPE | Errno::ECONNABORTED) => Self::Reset,
             Some(Errno::ETIMEDOUT | Errno::EAGAIN) => Self::Timeout,
-            Some(errno @ (Errno::EHOSTUNREACH | Errno::ENETUNREACH | Errno::EACCES)) => {
+            Some(errno @ (Errno::EHOSTUNREACH | Errno::ENETUNREACH | Errno::EACCES | Errno::EPERM)) => {
                 Self::Unreachable(errno)
             }
             _ => match error.kind() {
