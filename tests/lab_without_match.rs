@@ -59,8 +59,12 @@ fn without_the_ipvs_match_the_node_serves_what_it_can_and_says_what_is_missing()
         log.iter().find(|line| line.contains("iptables match ipvs missing")).expect("the log names it");
     assert!(told.contains("CONFIG_NETFILTER_XT_MATCH_IPVS"), "{told}");
     let socket = format!("--admin-socket={}", lab.admin_socket(lab.node(1)));
-    let status = lab.node(1).exec(PROGRAM, &["status", &socket]).unwrap();
-    assert!(status.contains("modprobe xt_ipvs") && status.contains("KUBE-ROUTER-MASQUERADE"), "{status}");
+    // What a pass found is told at its end, which the same programs hold up.
+    eventually("the status names it, and the chain that lacks it", 6 * SOON, || {
+        let status = lab.node(1).exec(PROGRAM, &["status", &socket]).unwrap();
+        let told = status.contains("modprobe xt_ipvs") && status.contains("KUBE-ROUTER-MASQUERADE");
+        if told { Ok(()) } else { Err(status) }
+    });
     // Pods and programs of the node reach every endpoint, and a change does not make it ready.
     for vip in vips(10) {
         for protocol in Protocol::ALL {
