@@ -171,7 +171,9 @@ fn an_endpoint_that_comes_and_goes_under_load_loses_nobody() {
                 Reply::Refused => refused += 1,
                 // Between the last endpoint and the entry by which clients are refused, IPVS refuses:
                 // a datagram of this node ends in the system call that sends it.
-                Reply::Unreachable(Errno::EPERM) if place == "node" && protocol == Protocol::Udp => refused += 1,
+                Reply::Unreachable(Errno::EPERM) if place == "node" && protocol == Protocol::Udp => {
+                    refused += 1
+                }
                 // A datagram that was under way when its endpoint went.
                 Reply::Timeout if protocol == Protocol::Udp => {}
                 other => panic!("{place} {protocol}: {other:?} after {taken:?}"),
