@@ -1,7 +1,9 @@
 //! Nodes as the rooms see them.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::IpAddr;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -24,8 +26,29 @@ pub struct Node {
     pub zone: Option<Arc<str>>,
     /// Label `node.kubernetes.io/exclude-from-external-load-balancers` present.
     pub excluded_from_external_lb: bool,
+    /// The machine is going: deletion has begun, or a taint says so
+    /// (`ToBeDeletedByClusterAutoscaler`, `node.kubernetes.io/out-of-service`).
+    pub draining: bool,
     /// `kube-router.io/*` annotations as written, for the routes room.
-    pub annotations: BTreeMap<Box<str>, Box<str>>,
+    pub annotations: Annotations,
+}
+
+/// Annotations by name. Some hold secrets of BGP peers: values are never shown.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Annotations(pub BTreeMap<Box<str>, Box<str>>);
+
+impl Deref for Annotations {
+    type Target = BTreeMap<Box<str>, Box<str>>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Annotations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
 }
 
 impl Node {

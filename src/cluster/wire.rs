@@ -463,7 +463,11 @@ shape! {
 }
 shape! {
     /// `spec` of a Node.
-    NodeSpec { pod_cidr: String = "podCIDR", pod_cidrs: Vec<String> = "podCIDRs", }
+    NodeSpec { pod_cidr: String = "podCIDR", pod_cidrs: Vec<String> = "podCIDRs", taints: Vec<Taint> = "taints", }
+}
+shape! {
+    /// One of `spec.taints` of a Node.
+    Taint { key: String = "key", }
 }
 shape! {
     /// `status` of a Node.

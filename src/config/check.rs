@@ -16,6 +16,7 @@ use crate::cni::install::CONF_DIR;
 use crate::duration::GoDuration;
 use crate::netpol;
 use crate::proxy::settings::Settings;
+use crate::routes::settings::is_reserved;
 
 /// The daemon's command line.
 pub(super) fn command(given: &Given, environment: &Environment) -> Result<Command, Stop> {
@@ -579,7 +580,7 @@ impl Check<'_> {
         for asn in &asns {
             match asn.parse::<u32>() {
                 Err(_) => wrong.push(Mistake::usage(format!("--peer-router-asns: {asn:?} is no ASN"))),
-                Ok(number) if is_reserved_asn(number) => {
+                Ok(number) if is_reserved(number) => {
                     wrong.push(Mistake::meaning(format!("--peer-router-asns: {number} is reserved")));
                 }
                 Ok(_) => {}
@@ -629,14 +630,6 @@ impl Check<'_> {
             self.within("bfd-port", 1, 65535);
         }
     }
-}
-
-/// ASNs no peer can have (kube-router's list).
-fn is_reserved_asn(asn: u32) -> bool {
-    !matches!(
-        asn,
-        1..=23455 | 23457..=63999 | 64512..=65534 | 131_072..=4_199_999_999 | 4_200_000_000..=4_294_967_294
-    )
 }
 
 /// Standard base64 with padding (RFC 4648 section 4); blank is allowed.

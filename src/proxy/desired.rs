@@ -220,7 +220,7 @@ fn drop_duplicates(service: &Service, state: &mut ServiceState) {
 }
 
 /// The VIPs of a Service that pass validation.
-fn vips(
+pub fn vips(
     service: &Service,
     facts: &Facts,
     settings: &Settings,

@@ -14,7 +14,7 @@ pub mod eligible;
 mod error;
 pub mod facts;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 mod healthcheck;
 pub mod hold;
 mod kernel;

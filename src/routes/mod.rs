@@ -1,10 +1,21 @@
 //! Routes: this node's BGP speaker, and the pod network that it carries.
 //!
 //! - [`settings`]: what the user chose for BGP. Plain data.
+//! - [`identity`]: who this node is: AS, router id, part in route reflection. Pure.
+//! - [`peers`], [`external`]: Nodes and settings to peers. Pure.
+//! - [`policies`]: what peers are given and may send. Pure.
+//! - [`advertise`]: Nodes and Services to the routes of this node. Pure.
 //!
 //! The control half owns the [`Speaker`]; whoever programs routes follows [`CurrentSpeaker`] and
 //! takes [`Speaker::watch`] of each speaker that appears there.
 
+pub mod advertise;
+pub mod external;
+#[cfg(test)]
+mod fixture;
+pub mod identity;
+pub mod peers;
+pub mod policies;
 pub mod settings;
 
 use ferroute_bgp::speaker::Speaker;

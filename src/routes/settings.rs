@@ -101,3 +101,12 @@ pub struct ExternalPeer {
     /// Address of this node to speak from, where it is not the usual.
     pub source: Option<IpAddr>,
 }
+
+/// Whether no peer can have this AS number (kube-router's list: 0, 23456, 64000-64511, 65535-131071 and
+/// the last one).
+pub fn is_reserved(asn: u32) -> bool {
+    !matches!(
+        asn,
+        1..=23455 | 23457..=63999 | 64512..=65534 | 131_072..=4_199_999_999 | 4_200_000_000..=4_294_967_294
+    )
+}

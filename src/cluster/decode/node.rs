@@ -6,12 +6,15 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::{Decoded, given, key, shortened, whole};
-use crate::cluster::node::Node;
+use crate::cluster::node::{Annotations, Node};
 use crate::cluster::service::Problem;
 use crate::cluster::wire::{Item, NodeObject, ServiceCidrObject};
 
 /// Label that keeps a node out of external load balancers, whatever its value.
 const EXCLUDE: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
+/// Taints of machines that are about to go, whatever their effect: the autoscaler removes it, or
+/// somebody has found it dead.
+const GOING: [&str; 2] = ["ToBeDeletedByClusterAutoscaler", "node.kubernetes.io/out-of-service"];
 /// Label naming the zone of a node.
 const ZONE: &str = "topology.kubernetes.io/zone";
 
@@ -71,7 +74,9 @@ pub fn node(item: Item<NodeObject>) -> Decoded<(Node, Vec<Problem>)> {
         pod_cidrs,
         zone: metadata.labels.get(ZONE).and_then(|zone| given(zone)).map(Into::into),
         excluded_from_external_lb: metadata.labels.contains_key(EXCLUDE),
-        annotations,
+        draining: !metadata.deletion_timestamp.is_empty()
+            || spec.taints.iter().any(|taint| GOING.contains(&taint.key.as_str())),
+        annotations: Annotations(annotations),
     };
     Decoded::Ours((node, problems))
 }

@@ -420,6 +420,18 @@ fn node_addresses_and_pod_cidrs() {
 }
 
 #[test]
+fn a_machine_that_goes_is_draining() {
+    let draining = |patch: Value| our_node(patch).0.draining;
+    let tainted = |key: &str| json!({"spec": {"taints": [{"key": key, "effect": "NoSchedule"}]}});
+    assert!(!draining(json!({})));
+    assert!(draining(tainted("ToBeDeletedByClusterAutoscaler")));
+    assert!(draining(tainted("node.kubernetes.io/out-of-service")));
+    // A cordoned machine may serve for weeks.
+    assert!(!draining(tainted("node.kubernetes.io/unschedulable")));
+    assert!(draining(json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}})));
+}
+
+#[test]
 fn service_cidrs_count_when_ready() {
     let cidr = |status: Value, deleted: Value| {
         node::service_cidr(item(

@@ -1,0 +1,259 @@
+//! External peers as annotations of a Node name them. Pure; no message holds a secret.
+
+use std::net::IpAddr;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use ferroute_bgp::message::Asn;
+use ferroute_bgp::peer::PORT;
+use ferroute_bgp::transport::Password;
+use serde_json::{Map, Value};
+
+use super::settings::{ExternalPeer, is_reserved};
+use crate::cluster::node::Node;
+use crate::cluster::service::Problem;
+
+/// Annotation with a YAML list of peers.
+pub const PEERS: &str = "kube-router.io/peers";
+/// The older form: one annotation for each column.
+pub const IPS: &str = "kube-router.io/peer.ips";
+/// ASNs of `peer.ips`.
+pub const ASNS: &str = "kube-router.io/peer.asns";
+/// Ports of `peer.ips`.
+pub const PORTS: &str = "kube-router.io/peer.ports";
+/// Secrets of `peer.ips`, in base64.
+pub const PASSWORDS: &str = "kube-router.io/peer.passwords";
+/// Local addresses for `peer.ips`.
+pub const LOCAL_IPS: &str = "kube-router.io/peer.localips";
+
+/// The peers that a Node's annotations name. What cannot be read keeps its `last` good state: a
+/// single peer the one with its address, an unreadable list all of it.
+pub fn annotated(node: &Node, last: &[ExternalPeer]) -> (Vec<ExternalPeer>, Vec<Problem>) {
+    let mut reading = Reading { node, last, peers: Vec::new(), problems: Vec::new() };
+    if let Some(text) = node.annotations.get(PEERS) {
+        reading.list(text);
+    } else {
+        reading.columns();
+    }
+    (reading.peers, reading.problems)
+}
+
+/// A secret in base64, blank for none.
+///
+/// # Errors
+///
+/// What is wrong, without the secret.
+pub fn password(text: &str) -> Result<Option<Password>, String> {
+    let text = text.trim();
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let bytes = STANDARD.decode(text).map_err(|_| "is not base64".to_owned())?;
+    Password::new(&bytes).map(Some).map_err(|error| error.to_string())
+}
+
+/// The secrets of `--peer-router-passwords-file`: comma separated, perhaps with a newline at the end.
+///
+/// # Errors
+///
+/// What is wrong, without the secrets.
+pub fn passwords(text: &str) -> Result<Vec<Option<Password>>, String> {
+    if text.trim().is_empty() {
+        return Ok(Vec::new());
+    }
+    let items = text.trim_end_matches(['\r', '\n']).split(',').enumerate();
+    items.map(|(index, item)| password(item).map_err(|why| format!("item {} {why}", index + 1))).collect()
+}
+
+struct Reading<'a> {
+    node: &'a Node,
+    last: &'a [ExternalPeer],
+    peers: Vec<ExternalPeer>,
+    problems: Vec<Problem>,
+}
+
+impl Reading<'_> {
+    fn problem(&mut self, annotation: &str, what: &str) {
+        self.problems.push(Problem {
+            reason: "InvalidPeer",
+            message: format!("annotation {annotation} of Node {}: {what}", self.node.name),
+        });
+    }
+
+    /// Everything stays as it was.
+    fn keep_all(&mut self, annotation: &str, what: &str) {
+        self.peers = self.last.to_vec();
+        self.problem(annotation, &format!("{what}; its peers stay as they were"));
+    }
+
+    fn list(&mut self, text: &str) {
+        if text.trim().is_empty() {
+            return;
+        }
+        let entries: Vec<Value> = match serde_saphyr::from_str::<Option<Vec<Value>>>(text) {
+            Ok(entries) => entries.unwrap_or_default(),
+            Err(error) => {
+                // The parser's own words quote the text, and with it secrets.
+                let line = error.location().map_or(1, |location| location.line());
+                return self.keep_all(
+                    PEERS,
+                    &format!("line {line}: this is no YAML list of peers, each with remoteip and remoteasn"),
+                );
+            }
+        };
+        for (index, entry) in entries.iter().enumerate() {
+            let known =
+                entry.get("remoteip").and_then(Value::as_str).and_then(|text| text.trim().parse().ok());
+            match entry
+                .as_object()
+                .ok_or_else(|| "write remoteip: and remoteasn:".to_owned())
+                .and_then(entry_of)
+            {
+                Ok((peer, bfd)) => {
+                    if bfd {
+                        self.problems.push(Problem {
+                            reason: "BfdMissing",
+                            message: format!(
+                                "annotation {PEERS} of Node {}: bfd of peer {} has no effect: BFD is not part of this \
+                                 version",
+                                self.node.name, peer.address
+                            ),
+                        });
+                    }
+                    self.peers.push(peer);
+                }
+                Err(why) => self.keep(PEERS, index, known, &why),
+            }
+        }
+    }
+
+    /// One peer stays as it was, if it was.
+    fn keep(&mut self, annotation: &str, index: usize, known: Option<IpAddr>, why: &str) {
+        let before = known.and_then(|address| self.last.iter().find(|peer| peer.address == address));
+        let (who, fate) = match (known, before) {
+            (Some(address), Some(_)) => (format!(" ({address})"), "stays as it was"),
+            (Some(address), None) => (format!(" ({address})"), "is left out"),
+            (None, _) => (String::new(), "is left out"),
+        };
+        self.peers.extend(before.cloned());
+        self.problem(annotation, &format!("peer {}{who} {fate}: {why}", index + 1));
+    }
+
+    fn columns(&mut self) {
+        let items = |name: &str| -> Vec<String> {
+            let text = self.node.annotations.get(name).map_or("", |text| text.trim());
+            if text.is_empty() {
+                Vec::new()
+            } else {
+                text.split(',').map(|item| item.trim().to_owned()).collect()
+            }
+        };
+        let [ips, asns, ports, passwords, sources] = [IPS, ASNS, PORTS, PASSWORDS, LOCAL_IPS].map(items);
+        if ips.is_empty() && asns.is_empty() {
+            return;
+        }
+        for (name, list, optional) in [
+            (ASNS, &asns, false),
+            (PORTS, &ports, true),
+            (PASSWORDS, &passwords, true),
+            (LOCAL_IPS, &sources, true),
+        ] {
+            if list.len() != ips.len() && !(optional && list.is_empty()) {
+                let none = if optional { "none, or " } else { "" };
+                return self.keep_all(
+                    name,
+                    &format!("{} items for the {} of {IPS}; write {none}one for each", list.len(), ips.len()),
+                );
+            }
+        }
+        let item = |list: &[String], index: usize| list.get(index).cloned().unwrap_or_default();
+        for index in 0..ips.len() {
+            let known = ips[index].parse().ok();
+            let column = |name: &'static str| move |why: String| (name, why);
+            let peer = address(&ips[index]).map_err(column(IPS)).and_then(|address| {
+                Ok(ExternalPeer {
+                    address,
+                    asn: remote_asn(&asns[index]).map_err(column(ASNS))?,
+                    port: port(&item(&ports, index)).map_err(column(PORTS))?,
+                    password: password(&item(&passwords, index))
+                        .map_err(|why| (PASSWORDS, format!("its password {why}")))?,
+                    source: source(&item(&sources, index), address).map_err(column(LOCAL_IPS))?,
+                })
+            });
+            match peer {
+                Ok(peer) => self.peers.push(peer),
+                Err((name, why)) => self.keep(name, index, known, &why),
+            }
+        }
+    }
+}
+
+/// One entry of the YAML list, and whether it asks for BFD.
+fn entry_of(entry: &Map<String, Value>) -> Result<(ExternalPeer, bool), String> {
+    // Numbers are often written where texts are meant, and the other way round.
+    let text = |name: &str| match entry.get(name) {
+        None | Some(Value::Null) => Ok(String::new()),
+        Some(Value::String(text)) => Ok(text.trim().to_owned()),
+        Some(Value::Number(number)) if name != "password" => Ok(number.to_string()),
+        Some(_) => Err(format!("{name} is no text; put it in quotes")),
+    };
+    let address = address(&text("remoteip")?)?;
+    let peer = ExternalPeer {
+        address,
+        asn: remote_asn(&text("remoteasn")?)?,
+        port: port(&text("port")?)?,
+        password: password(&text("password")?).map_err(|why| format!("password {why}"))?,
+        source: source(&text("localip")?, address)?,
+    };
+    let bfd = entry.get("bfd").and_then(|bfd| bfd.get("enabled")).and_then(Value::as_bool).unwrap_or(false);
+    Ok((peer, bfd))
+}
+
+fn address(text: &str) -> Result<IpAddr, String> {
+    match text.parse() {
+        Ok(address) => Ok(address),
+        Err(_) if text.is_empty() => Err("it has no address (remoteip)".to_owned()),
+        Err(_) => Err(format!("{:?} is no IP address", shortened(text))),
+    }
+}
+
+fn remote_asn(text: &str) -> Result<Asn, String> {
+    match text.parse::<u32>() {
+        Ok(number) if is_reserved(number) => {
+            Err(format!("AS {number} is reserved; give the number that the peer really has"))
+        }
+        Ok(number) => Ok(Asn(number)),
+        Err(_) if text.is_empty() => Err("it has no AS number (remoteasn)".to_owned()),
+        Err(_) => Err(format!("{:?} is no AS number", shortened(text))),
+    }
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    match text.parse() {
+        Ok(0) | Err(_) if !text.is_empty() => {
+            Err(format!("{:?} is no port; leave it out for 179", shortened(text)))
+        }
+        Ok(port) => Ok(port),
+        Err(_) => Ok(PORT),
+    }
+}
+
+fn source(text: &str, peer: IpAddr) -> Result<Option<IpAddr>, String> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    match text.parse::<IpAddr>() {
+        Ok(source) if source.is_ipv6() != peer.is_ipv6() => {
+            Err(format!("local address {source} is not of the peer's family"))
+        }
+        Ok(source) => Ok(Some(source)),
+        Err(_) => Err(format!("local address {:?} is no IP address", shortened(text))),
+    }
+}
+
+fn shortened(text: &str) -> String {
+    text.chars().take(80).collect()
+}
+
+#[cfg(test)]
+mod tests;
