@@ -6,7 +6,8 @@
 //!   every change names the keys it touches and wakes the rooms that read them.
 //! - [`proxy`]: Services to IPVS virtual servers, sets, local routes and the proxy firewall.
 //! - [`netpol`]: NetworkPolicies to iptables chains and sets.
-//! - [`routes`]: BGP peers, advertisements and the pod network; the daemon does not start it.
+//! - [`routes`]: BGP peers and advertisements; the daemon does not start it.
+//! - [`network`]: the pod network: node addresses, learned routes, tunnels, masquerade.
 //! - [`chains`], [`schedule`], [`disturbance`]: what every room that writes the kernel shares.
 //! - [`host`]: this machine's kernel: links, routes, sysctls, conntrack; dump and apply only.
 //! - [`config`]: the command line, as typed values.
@@ -32,6 +33,7 @@ pub mod http;
 pub mod log;
 pub mod metrics;
 pub mod netpol;
+pub mod network;
 pub mod proxy;
 pub mod report;
 pub mod routes;

@@ -59,7 +59,7 @@ impl Family {
     }
 
     /// `0.0.0.0` or `::`.
-    fn unspecified(self) -> IpAddr {
+    pub fn unspecified(self) -> IpAddr {
         match self {
             Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
             Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
