@@ -10,17 +10,17 @@ pub(super) const RTM_NEWLINK: u16 = 16;
 pub(super) const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
 
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
+pub(super) const IFLA_IFNAME: u16 = 3;
+pub(super) const IFLA_MTU: u16 = 4;
 const IFLA_MASTER: u16 = 10;
-const IFLA_LINKINFO: u16 = 18;
-const IFLA_INFO_KIND: u16 = 1;
+pub(super) const IFLA_LINKINFO: u16 = 18;
+pub(super) const IFLA_INFO_KIND: u16 = 1;
 
-const IFF_UP: u32 = 1;
+pub(super) const IFF_UP: u32 = 1;
 const IFF_LOOPBACK: u32 = 1 << 3;
 
 /// Length of `struct ifinfomsg`.
-const HEADER: usize = 16;
+pub(super) const HEADER: usize = 16;
 
 /// The longest link name the kernel takes (IFNAMSIZ without the terminating zero).
 pub const NAME_LIMIT: usize = 15;
@@ -120,6 +120,16 @@ impl Network {
         self.execute_one("set link up", || format!("index {index}"))
     }
 
+    /// Sets a link's largest packet, in bytes.
+    pub fn set_mtu(&mut self, index: u32, mtu: u32) -> Result<(), Error> {
+        self.batch.clear();
+        self.batch.message(RTM_NEWLINK, 0, |body| {
+            body.raw(&header(index, 0, 0));
+            body.u32(IFLA_MTU, mtu);
+        });
+        self.execute_one("set MTU of link", || format!("index {index} to {mtu}"))
+    }
+
     /// Deletes a link with everything on it.
     pub fn delete_link(&mut self, index: u32) -> Result<(), Error> {
         encode_delete(&mut self.batch, index);
@@ -128,7 +138,7 @@ impl Network {
 }
 
 /// `struct ifinfomsg`, family unspecified.
-fn header(index: u32, bits: u32, change: u32) -> [u8; HEADER] {
+pub(super) fn header(index: u32, bits: u32, change: u32) -> [u8; HEADER] {
     let mut bytes = [0; HEADER];
     bytes[4..8].copy_from_slice(&index.to_ne_bytes());
     bytes[8..12].copy_from_slice(&bits.to_ne_bytes());
@@ -136,7 +146,7 @@ fn header(index: u32, bits: u32, change: u32) -> [u8; HEADER] {
     bytes
 }
 
-fn encode_dump(batch: &mut Batch) {
+pub(super) fn encode_dump(batch: &mut Batch) {
     batch.clear();
     batch.message(RTM_GETLINK, flags::DUMP, |body| body.raw(&header(0, 0, 0)));
 }

@@ -1,6 +1,7 @@
 //! This machine's kernel: dump and apply, nothing clever.
 //!
-//! - [`link`], [`address`], [`route`]: rtnetlink, through one [`Network`] handle.
+//! - [`link`], [`address`], [`route`], [`forwarding`], [`rule`], [`tunnel`]: rtnetlink, through one
+//!   [`Network`] handle; [`fou`]: listeners that unwrap tunnels in UDP.
 //! - [`events`]: what changed in links, addresses and routes, as it happens.
 //! - [`conntrack`]: flows the kernel tracks; which of them are stale; their exact deletion.
 //! - [`sysctl`]: read, compare, write only what differs.
@@ -15,12 +16,16 @@ pub mod conntrack;
 mod error;
 pub mod events;
 pub mod extension;
+pub mod forwarding;
+pub mod fou;
 pub mod kernel;
 pub mod link;
 pub mod modules;
 pub mod release;
 pub mod route;
+pub mod rule;
 pub mod sysctl;
+pub mod tunnel;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
 
-use ferroute_netlink::{Batch, DecodeError, attributes, flags};
+use ferroute_netlink::{Batch, Body, DecodeError, attributes, flags};
 use ipnet::IpNet;
 
 use super::{Error, Family, Network};
@@ -33,26 +33,26 @@ pub const TABLE_MAIN: u32 = 254;
 /// Scope of IPv4 routes to this host (RT_SCOPE_HOST). IPv6 has no route scopes and reports 0.
 const SCOPE_HOST: u8 = 254;
 /// Scope of IPv4 routes to a directly connected network (RT_SCOPE_LINK).
-const SCOPE_LINK: u8 = 253;
+pub(super) const SCOPE_LINK: u8 = 253;
 
 pub(super) const RTM_NEWROUTE: u16 = 24;
 pub(super) const RTM_DELROUTE: u16 = 25;
 const RTM_GETROUTE: u16 = 26;
 
-const RTA_DST: u16 = 1;
-const RTA_OIF: u16 = 4;
-const RTA_GATEWAY: u16 = 5;
-const RTA_PRIORITY: u16 = 6;
-const RTA_PREFSRC: u16 = 7;
-const RTA_TABLE: u16 = 15;
+pub(super) const RTA_DST: u16 = 1;
+pub(super) const RTA_OIF: u16 = 4;
+pub(super) const RTA_GATEWAY: u16 = 5;
+pub(super) const RTA_PRIORITY: u16 = 6;
+pub(super) const RTA_PREFSRC: u16 = 7;
+pub(super) const RTA_TABLE: u16 = 15;
 
 /// Placeholder in the 8-bit table field when RTA_TABLE holds the number (RT_TABLE_COMPAT).
 const TABLE_COMPAT: u8 = 252;
 /// rtm_flags of cached copies, which are no routes (RTM_F_CLONED).
-const CLONED: u32 = 0x200;
+pub(super) const CLONED: u32 = 0x200;
 
 /// Length of `struct rtmsg`.
-const HEADER: usize = 12;
+pub(super) const HEADER: usize = 12;
 
 /// What happens to packets that take a route (RTN_*).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -80,7 +80,7 @@ impl RouteKind {
         }
     }
 
-    fn from_number(number: u8) -> Self {
+    pub(super) fn from_number(number: u8) -> Self {
         match number {
             1 => RouteKind::Unicast,
             2 => RouteKind::Local,
@@ -247,20 +247,65 @@ impl RouteFilter {
     }
 }
 
-/// One write to the routing tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum RouteChange {
-    /// Add; fails when the key is taken by anybody.
-    Add(Route),
-    /// Put this in place of our route with the same key, with no moment without either.
-    Replace(Route),
-    /// Remove exactly this route.
-    Delete(Route),
+/// A route as it is written and compared: with one next hop ([`Route`]) or several
+/// ([`super::forwarding::ForwardingRoute`]).
+pub trait RouteRecord: Clone + Ord + fmt::Display {
+    /// Destination, table and metric.
+    fn key(&self) -> RouteKey;
+    /// Who made it (RTPROT_*).
+    fn protocol(&self) -> u8;
+    /// RT_SCOPE_*.
+    fn scope(&self) -> u8;
+    /// What happens to the packets.
+    fn kind(&self) -> RouteKind;
+    /// Writes the attributes behind destination, table and metric: links, gateways, source.
+    fn write(&self, body: &mut Body<'_>);
 }
 
-impl RouteChange {
+impl RouteRecord for Route {
+    fn key(&self) -> RouteKey {
+        self.key
+    }
+
+    fn protocol(&self) -> u8 {
+        self.protocol
+    }
+
+    fn scope(&self) -> u8 {
+        self.scope
+    }
+
+    fn kind(&self) -> RouteKind {
+        self.kind
+    }
+
+    fn write(&self, body: &mut Body<'_>) {
+        if let Some(device) = self.device {
+            body.u32(RTA_OIF, device);
+        }
+        if let Some(gateway) = self.gateway {
+            super::write_address(body, RTA_GATEWAY, gateway);
+        }
+        if let Some(source) = self.source {
+            super::write_address(body, RTA_PREFSRC, source);
+        }
+    }
+}
+
+/// One write to the routing tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RouteChange<R = Route> {
+    /// Add; fails when the key is taken by anybody.
+    Add(R),
+    /// Put this in place of our route with the same key, with no moment without either.
+    Replace(R),
+    /// Remove exactly this route.
+    Delete(R),
+}
+
+impl<R> RouteChange<R> {
     /// The route that is written or removed.
-    pub fn route(&self) -> &Route {
+    pub fn route(&self) -> &R {
         match self {
             RouteChange::Add(route) | RouteChange::Replace(route) | RouteChange::Delete(route) => route,
         }
@@ -278,22 +323,22 @@ impl RouteChange {
 /// The writes that turn `actual` into `desired`: additions and replacements first, in the order of
 /// `desired`, then deletions. Routes in `actual` that do not carry [`PROTOCOL`] are a stranger's
 /// and stay. Give both sides narrowed to the same keys to work on a part of the table.
-pub fn diff<'a>(
-    actual: impl IntoIterator<Item = &'a Route>,
-    desired: impl IntoIterator<Item = &'a Route>,
-) -> Vec<RouteChange> {
+pub fn diff<'a, R: RouteRecord + 'a>(
+    actual: impl IntoIterator<Item = &'a R>,
+    desired: impl IntoIterator<Item = &'a R>,
+) -> Vec<RouteChange<R>> {
     // More than one route of ours under a key means that somebody appended one (IPv4 allows it).
-    let mut present: HashMap<RouteKey, Vec<&Route>, foldhash::fast::RandomState> = HashMap::default();
+    let mut present: HashMap<RouteKey, Vec<&R>, foldhash::fast::RandomState> = HashMap::default();
     for route in actual {
-        if route.protocol == PROTOCOL {
-            present.entry(route.key).or_default().push(route);
+        if route.protocol() == PROTOCOL {
+            present.entry(route.key()).or_default().push(route);
         }
     }
     let mut changes = Vec::new();
-    let mut deletions: Vec<&Route> = Vec::new();
+    let mut deletions: Vec<&R> = Vec::new();
     for route in desired {
-        match present.remove(&route.key) {
-            None => changes.push(RouteChange::Add(*route)),
+        match present.remove(&route.key()) {
+            None => changes.push(RouteChange::Add(route.clone())),
             Some(mut found) => {
                 match found.iter().position(|candidate| *candidate == route) {
                     Some(position) => {
@@ -302,7 +347,7 @@ pub fn diff<'a>(
                     None => {
                         // The kernel replaces the first route of the key.
                         found.remove(0);
-                        changes.push(RouteChange::Replace(*route));
+                        changes.push(RouteChange::Replace(route.clone()));
                     }
                 }
                 deletions.extend(found);
@@ -311,7 +356,7 @@ pub fn diff<'a>(
     }
     deletions.extend(present.into_values().flatten());
     deletions.sort_unstable();
-    changes.extend(deletions.into_iter().map(|route| RouteChange::Delete(*route)));
+    changes.extend(deletions.into_iter().map(|route| RouteChange::Delete(route.clone())));
     changes
 }
 
@@ -328,19 +373,28 @@ impl Network {
     /// Lists routes. The kernel filters where it can (strict checking, 4.20 and later); every
     /// route is checked again here.
     pub fn routes(&mut self, filter: RouteFilter) -> Result<Vec<Route>, Error> {
+        self.list_routes(filter, |payload| Ok(Route::decode(payload)?.filter(|route| filter.admits(route))))
+    }
+
+    /// Lists what `decode` makes of routes; it has to filter again.
+    pub(super) fn list_routes<R>(
+        &mut self,
+        filter: RouteFilter,
+        decode: impl Fn(&[u8]) -> Result<Option<R>, DecodeError>,
+    ) -> Result<Vec<R>, Error> {
         let mut routes = Vec::new();
         for family in Family::BOTH {
             if filter.family.is_some_and(|wanted| wanted != family) {
                 continue;
             }
-            let filter = RouteFilter { family: Some(family), ..filter };
             encode_dump(&mut self.batch, family, &filter);
-            let found = self.socket.dump(&self.batch, |kind, payload| {
-                if kind != RTM_NEWROUTE {
-                    return Ok(None);
-                }
-                Ok(Route::decode(payload)?.filter(|route| filter.admits(route)))
-            });
+            let found =
+                self.socket.dump(
+                    &self.batch,
+                    |kind, payload| {
+                        if kind == RTM_NEWROUTE { decode(payload) } else { Ok(None) }
+                    },
+                );
             match found {
                 Ok(found) => routes.extend(found),
                 // A kernel that filters says "no such table" or "no such link" instead of listing
@@ -354,7 +408,10 @@ impl Network {
 
     /// Applies changes in order, one message each, in as few sends as fit. Deleting what is gone
     /// already is no failure.
-    pub fn apply_routes(&mut self, changes: &[RouteChange]) -> Result<Vec<RouteFailure>, Error> {
+    pub fn apply_routes<R: RouteRecord>(
+        &mut self,
+        changes: &[RouteChange<R>],
+    ) -> Result<Vec<RouteFailure>, Error> {
         if changes.is_empty() {
             return Ok(Vec::new());
         }
@@ -406,7 +463,7 @@ fn encode_dump(batch: &mut Batch, family: Family, filter: &RouteFilter) {
     });
 }
 
-fn encode(batch: &mut Batch, change: &RouteChange) {
+pub(super) fn encode<R: RouteRecord>(batch: &mut Batch, change: &RouteChange<R>) {
     let (kind, mode) = match change {
         RouteChange::Add(_) => (RTM_NEWROUTE, flags::CREATE | flags::EXCL),
         // CREATE too: should the route have vanished since it was read, it is made.
@@ -414,14 +471,14 @@ fn encode(batch: &mut Batch, change: &RouteChange) {
         RouteChange::Delete(_) => (RTM_DELROUTE, 0),
     };
     let route = change.route();
-    let RouteKey { destination, table, metric } = route.key;
+    let RouteKey { destination, table, metric } = route.key();
     let mut header = [0; HEADER];
     header[0] = Family::of(destination.addr()).number();
     header[1] = destination.prefix_len();
     header[4] = table_byte(table);
-    header[5] = route.protocol;
-    header[6] = route.scope;
-    header[7] = route.kind.number();
+    header[5] = route.protocol();
+    header[6] = route.scope();
+    header[7] = route.kind().number();
     batch.message(kind, mode, |body| {
         body.raw(&header);
         super::write_address(body, RTA_DST, destination.addr());
@@ -429,15 +486,7 @@ fn encode(batch: &mut Batch, change: &RouteChange) {
         if metric != 0 {
             body.u32(RTA_PRIORITY, metric);
         }
-        if let Some(device) = route.device {
-            body.u32(RTA_OIF, device);
-        }
-        if let Some(gateway) = route.gateway {
-            super::write_address(body, RTA_GATEWAY, gateway);
-        }
-        if let Some(source) = route.source {
-            super::write_address(body, RTA_PREFSRC, source);
-        }
+        route.write(body);
     });
 }
 
