@@ -16,7 +16,8 @@
 //! - [`rib`], [`decision`], [`policy`]: Adj-RIB-In, Loc-RIB and Adj-RIB-Out (4271 sections 3.2 and 9), route
 //!   reflection (4456), communities (1997, 4360, 8092), graceful shutdown (8326), nothing from and to
 //!   external peers without a policy (8212), several paths to a prefix (7911), stale routes (4724, 7313).
-//! - [`speaker`], [`peer`]: the tasks: one for each peer, one for the RIB. Graceful restart of either side
+//! - [`speaker`], [`peer`]: the tasks: one for each peer, one for the RIB. Sessions end with their path
+//!   (BFD, 5882, 9384). Graceful restart of either side
 //!   (4724, 8538), route refresh (2918, 7313), limits (4486), send hold timer (9687).
 //! - [`transport`]: TCP with MD5 signatures (2385), TTL security (5082), link-local addresses.
 //!

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use crate::bfd::{Hops, Timers};
 use crate::fsm::{Initiative, Settings};
 use crate::message::{AfiSafi, Asn, Families, RouterId};
 use crate::rib::PeerOptions;
@@ -36,6 +37,21 @@ impl From<IpAddr> for PeerKey {
     fn from(address: IpAddr) -> Self {
         Self { address, interface: None }
     }
+}
+
+/// BFD with a peer (RFC 5880).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerBfd {
+    /// How fast.
+    pub timers: Timers,
+    /// How far away the peer is.
+    pub hops: Hops,
+    /// Whether to stay silent until the peer speaks.
+    pub passive: bool,
+    /// Whether the loss of a BFD session that shares the fate of the peer's control plane counts as its
+    /// restart: its routes are then kept for the time that it announced (RFC 5882 section 4.3). A broken
+    /// path looks the same and then keeps its routes too, so the usual is not.
+    pub graceful: bool,
 }
 
 /// A peer as wanted.
@@ -82,6 +98,8 @@ pub struct PeerConfig {
     pub routes: PeerOptions,
     /// When to try again after the peer exceeded its limit of routes; only on request if `None`.
     pub restart_after_limit: Option<Duration>,
+    /// Fast detection of a broken path; the session itself does not wait for it.
+    pub bfd: Option<PeerBfd>,
 }
 
 impl PeerConfig {
@@ -109,6 +127,7 @@ impl PeerConfig {
             required: Vec::new(),
             routes: PeerOptions::new(address),
             restart_after_limit: None,
+            bfd: None,
         }
     }
 
@@ -156,6 +175,7 @@ impl PeerConfig {
             restart_after_limit: other.restart_after_limit,
             dial_timeout: other.dial_timeout,
             longest_pause: other.longest_pause,
+            bfd: other.bfd,
             ..self.clone()
         };
         same == *other

@@ -6,8 +6,8 @@ mod status;
 mod task;
 mod wire;
 
-pub use config::{ConfigError, ConfigFlaw, PORT, PeerConfig, PeerKey};
-pub use status::{MessageCounts, PeerError, PeerStatus, PrefixCounts};
+pub use config::{ConfigError, ConfigFlaw, PORT, PeerBfd, PeerConfig, PeerKey};
+pub use status::{MessageCounts, PathStatus, PeerError, PeerStatus, PrefixCounts};
 
 pub(crate) use config::Identity;
 pub(crate) use status::Board;

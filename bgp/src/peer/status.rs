@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::config::PeerKey;
+use crate::bfd;
 use crate::fsm::State;
 use crate::message::{AfiSafi, Message, Open};
 use crate::rib::{Counts, PeerId};
@@ -57,6 +58,19 @@ pub struct PeerStatus {
     pub established: u64,
     /// Sessions that went down again.
     pub flaps: u64,
+    /// BFD with the peer, where it is wanted.
+    pub path: Option<PathStatus>,
+}
+
+/// The BFD session with a peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PathStatus {
+    /// Our state.
+    pub state: bfd::State,
+    /// Since when.
+    pub since: Instant,
+    /// Why there can be no session, in words.
+    pub error: Option<String>,
 }
 
 impl PeerStatus {
@@ -164,6 +178,7 @@ struct Slow {
     errors: VecDeque<PeerError>,
     established: u64,
     flaps: u64,
+    path: Option<PathStatus>,
 }
 
 impl Board {
@@ -183,6 +198,7 @@ impl Board {
                 errors: VecDeque::new(),
                 established: 0,
                 flaps: 0,
+                path: None,
             }),
             sent: Counters::default(),
             received: Counters::default(),
@@ -262,6 +278,11 @@ impl Board {
         self.lock().keeping_routes = keeping;
     }
 
+    /// Notes the state of the BFD session; `None` when none is wanted.
+    pub fn set_path(&self, path: Option<PathStatus>) {
+        self.lock().path = path;
+    }
+
     /// Notes an error; the same one again only counts.
     pub fn fail(&self, text: String) {
         let at = SystemTime::now();
@@ -308,6 +329,7 @@ impl Board {
             unsendable: self.unsendable.load(Ordering::Relaxed),
             established: slow.established,
             flaps: slow.flaps,
+            path: slow.path.clone(),
         }
     }
 }

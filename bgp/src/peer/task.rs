@@ -22,7 +22,7 @@ use super::status::Board;
 use super::wire::{Heard, Ready, Wire, read_budget, ready};
 use super::{Batch, PeerEvent, PeerEventKind};
 use crate::fsm::{Action, ConnectionId, Down, Event, Machine, Pause, Shutdown, State};
-use crate::message::{Families, Message, Notification, RefreshKind, RouteRefresh, Update};
+use crate::message::{Cease, Families, Message, Notification, RefreshKind, RouteRefresh, Update};
 use crate::session::Negotiated;
 use crate::transport::{Dial, DialError, adopt, scoped};
 
@@ -44,8 +44,11 @@ pub(crate) enum Command {
     Resume,
     /// End the session, begin another.
     Reset(Shutdown),
-    /// End the session for a reason in the routes or the path.
+    /// End the session for a reason in the routes.
     Abort { notification: Notification, why: String, pause: Pause },
+    /// The path to the peer broke, in words. `independent`: whatever the peer's control plane does;
+    /// `restarts`: if the peer can restart gracefully, take it for that.
+    PathDown { why: String, independent: bool, restarts: bool },
     /// Ask the peer for its routes again.
     Refresh(Families),
     /// End the session and the task.
@@ -67,6 +70,8 @@ pub(crate) enum FromPeer {
     Down { retain: bool },
     /// An attempt at a session failed.
     Failed,
+    /// Routes that were kept for a restarting peer are not to be used.
+    Forget,
     /// The peer is not wanted any more.
     Gone,
 }
@@ -195,9 +200,28 @@ impl Running {
                 self.on(Event::Start);
             }
             Command::Abort { notification, why, pause } => self.on(Event::Abort { notification, why, pause }),
+            Command::PathDown { why, independent, restarts } => self.path_down(why, independent, restarts),
             Command::Refresh(families) => self.ask_for_routes(families),
             Command::Stop(shutdown) => self.leave(shutdown),
         }
+    }
+
+    /// RFC 5882 section 4.3, RFC 9384.
+    fn path_down(&mut self, why: String, independent: bool, restarts: bool) {
+        let Some(id) = self.machine.established() else {
+            if independent {
+                self.backlog.push_back(FromPeer::Forget);
+            }
+            return;
+        };
+        let restarts =
+            restarts && self.machine.negotiated(id).is_some_and(|negotiated| negotiated.restart.is_some());
+        self.on(if restarts {
+            Event::Closed(id, Some(why))
+        } else {
+            let notification = Notification::cease(Cease::BfdDown);
+            Event::Abort { notification, why, pause: Pause::Growing }
+        });
     }
 
     fn leave(&mut self, shutdown: Shutdown) {

@@ -18,6 +18,7 @@
 //! not change is not touched.
 
 mod config;
+mod detect;
 mod listen;
 mod table;
 mod watch;
@@ -37,13 +38,14 @@ pub use config::{RestartConfig, SpeakerConfig, StartError};
 pub use listen::ListenerStatus;
 pub use watch::{Changes, Watch};
 
-use crate::fsm::{Pause, Shutdown};
-use crate::message::{Attributes, Cease, Families, Notification};
+use crate::fsm::Shutdown;
+use crate::message::{Attributes, Families};
 use crate::peer::{
     Board, Command, ConfigError, ConfigFlaw, FromPeer, Identity, PeerConfig, PeerEvent, PeerKey, PeerStatus,
     Task,
 };
 use crate::rib::Rib;
+use detect::Detector;
 use listen::{Directory, Listeners};
 use table::{Control, Table};
 
@@ -79,6 +81,7 @@ struct Inner {
     identity: Arc<Identity>,
     directory: Arc<Directory>,
     listeners: Listeners,
+    detector: Arc<Detector>,
     peers: Mutex<BTreeMap<PeerKey, Peer>>,
     /// Numbers peers for the RIB's task.
     peers_ever: AtomicU32,
@@ -95,6 +98,16 @@ struct Peer {
     commands: mpsc::UnboundedSender<Command>,
     board: Arc<Board>,
     task: JoinHandle<()>,
+    /// Keeps the BFD session.
+    detection: Option<JoinHandle<()>>,
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        if let Some(detection) = &self.detection {
+            detection.abort();
+        }
+    }
 }
 
 impl Speaker {
@@ -126,6 +139,7 @@ impl Speaker {
             identity,
             directory,
             listeners,
+            detector: Arc::default(),
             peers: Mutex::default(),
             peers_ever: AtomicU32::new(0),
             control,
@@ -208,8 +222,9 @@ impl Speaker {
             events: inner.events.clone(),
         };
         let task = tokio::spawn(task.run());
-        let peer = Peer { config, number, commands, board, task };
+        let mut peer = Peer { config, number, commands, board, task, detection: None };
         self.admit(&peer);
+        self.detect(&mut peer);
         peer
     }
 
@@ -231,6 +246,19 @@ impl Speaker {
         }
     }
 
+    /// Keeps the BFD session that a peer's configuration asks for, and no other.
+    fn detect(&self, peer: &mut Peer) {
+        if let Some(old) = peer.detection.take() {
+            old.abort();
+            peer.board.set_path(None);
+        }
+        let detector = &self.inner.detector;
+        peer.detection = peer
+            .config
+            .bfd
+            .map(|bfd| detector.watch(&peer.config, bfd, peer.board.clone(), peer.commands.clone()));
+    }
+
     fn change(&self, peer: &mut Peer, config: PeerConfig) {
         let old = std::mem::replace(&mut peer.config, config);
         let config = &peer.config;
@@ -242,6 +270,10 @@ impl Speaker {
         if old.password != config.password {
             self.admit(peer);
         }
+        if (old.bfd, old.source) != (config.bfd, config.source) {
+            self.detect(peer);
+        }
+        let config = &peer.config;
         // A task that has ended was stopped, and is not in the list.
         let _ = peer.commands.send(Command::Configure(Box::new(config.clone())));
         if old.routes.limits != config.routes.limits {
@@ -329,11 +361,10 @@ impl Speaker {
         self.tell(key, Command::Refresh(families))
     }
 
-    /// Ends a session because the path to the peer is broken (BFD, RFC 9384). Returns whether there
-    /// is such a peer.
+    /// Ends a session, or forgets the routes kept for it, because somebody else found that the path to the
+    /// peer is broken (RFC 9384). Returns whether there is such a peer.
     pub fn path_down(&self, key: &PeerKey, why: &str) -> bool {
-        let notification = Notification::cease(Cease::BfdDown);
-        self.tell(key, Command::Abort { notification, why: why.to_owned(), pause: Pause::Growing })
+        self.tell(key, Command::PathDown { why: why.to_owned(), independent: true, restarts: false })
     }
 
     fn tell(&self, key: &PeerKey, command: Command) -> bool {
@@ -351,14 +382,15 @@ impl Speaker {
         for peer in peers.values() {
             self.part(peer, shutdown.clone());
         }
-        let goodbyes = async {
-            for (key, peer) in peers {
-                if let Err(error) = peer.task.await {
+        let paths = self.inner.detector.clone().stop();
+        let words = async {
+            for (key, mut peer) in peers {
+                if let Err(error) = (&mut peer.task).await {
                     warn!(peer = %key, %error, "the task of a peer failed");
                 }
             }
         };
-        if tokio::time::timeout(GOODBYE, goodbyes).await.is_err() {
+        if tokio::time::timeout(GOODBYE, async { tokio::join!(words, paths) }).await.is_err() {
             warn!("some peers did not hear the goodbye");
         }
         self.inner.control(Control::Stop);

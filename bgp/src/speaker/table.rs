@@ -270,6 +270,7 @@ impl Table {
             // What is due is looked for after every arrival.
             FromPeer::Taken => {}
             FromPeer::Down { retain } => self.down(number, retain),
+            FromPeer::Forget => self.forget(number),
             FromPeer::Failed => self.settled(number),
             FromPeer::Gone => {
                 self.settled(number);
@@ -406,6 +407,15 @@ impl Table {
         self.settled(number);
     }
 
+    /// The path to a peer that restarts is broken: so are its routes.
+    fn forget(&mut self, number: u32) {
+        if let Some(peer) = self.peers.get_mut(&number)
+            && peer.stale_until.is_some()
+        {
+            give_up(&mut self.rib, peer);
+        }
+    }
+
     /// Begins to wait for the first routes of the peers that are known now.
     fn await_routes(&mut self, now: Instant) {
         if !matches!(self.convergence.wait, Wait::Peers) {
@@ -465,12 +475,7 @@ impl Table {
             if peer.stale_until.is_none_or(|until| until > now) {
                 continue;
             }
-            info!(peer = %peer.board.key(), "routes from before the peer's restart are given up");
-            for family in AfiSafi::SUPPORTED {
-                self.rib.sweep_stale(peer.id, family);
-            }
-            peer.stale_until = None;
-            peer.board.keep_routes(false);
+            give_up(&mut self.rib, peer);
         }
         self.converge(now);
     }
@@ -548,6 +553,16 @@ impl Established {
             room.send(batch);
         }
     }
+}
+
+/// Lets go of what was kept from before a peer's restart.
+fn give_up(rib: &mut Rib, peer: &mut Peer) {
+    info!(peer = %peer.board.key(), "routes from before the peer's restart are given up");
+    for family in AfiSafi::SUPPORTED {
+        rib.sweep_stale(peer.id, family);
+    }
+    peer.stale_until = None;
+    peer.board.keep_routes(false);
 }
 
 /// Whether a peer has routes from before its restart.

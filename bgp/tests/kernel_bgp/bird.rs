@@ -13,7 +13,7 @@ use ferroute_kit::serial;
 use super::*;
 
 /// A BIRD in the second of two hosts.
-struct Bird {
+pub struct Bird {
     process: Child,
     directory: PathBuf,
     netns: Netns,
@@ -21,7 +21,7 @@ struct Bird {
 
 impl Bird {
     /// Starts one with both families over sessions named `v4` and `v6`; `extra` goes into both.
-    fn start(host: &Host, peer: &Host, extra: &str) -> Self {
+    pub fn start(host: &Host, peer: &Host, extra: &str) -> Self {
         Self::start_with(host, peer, extra, &[])
     }
 
@@ -52,6 +52,7 @@ impl Bird {
         let config = format!(
             "router id 10.9.0.{}; graceful restart wait 3;
              protocol device {{ }}
+             protocol bfd {{ interface \"*\" {{ interval 100 ms; multiplier 3; }}; }}
              protocol static {{ ipv4; route 198.51.100.0/24 blackhole; route 203.0.113.7/32 blackhole; }}
              protocol static {{ ipv6; route 2001:db8:b::/48 blackhole; }}
              {}{}",
@@ -77,7 +78,7 @@ impl Bird {
         self.netns.exec("birdc", &words).map_err(|error| error.to_string())
     }
 
-    fn shows(&self, question: &str, wanted: &str) {
+    pub fn shows(&self, question: &str, wanted: &str) {
         eventually(question, PATIENCE, || {
             let answer = self.ask(question)?;
             if answer.contains(wanted) { Ok(()) } else { Err(format!("no {wanted:?} in {answer}")) }
@@ -90,7 +91,7 @@ impl Bird {
         prefixes.filter(|word| word.contains('/')).map(str::to_owned).collect()
     }
 
-    fn learns(&self, session: &str, wanted: &[&str]) {
+    pub fn learns(&self, session: &str, wanted: &[&str]) {
         let wanted: Vec<String> = wanted.iter().map(|prefix| (*prefix).to_owned()).collect();
         ferroute_kit::assert::eventually_equal("routes in BIRD", PATIENCE, &wanted, || {
             let mut routes = self.routes(session);

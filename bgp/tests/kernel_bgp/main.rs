@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on fails")]
 
 mod bird;
+mod paths;
 mod sessions;
 
 use std::net::{IpAddr, Ipv4Addr};
