@@ -1,9 +1,12 @@
-//! Speakers in network namespaces of their own, against each other and against BIRD: real links,
-//! signatures, link-local addresses. Needs root and Debian's bird2; run it through `scripts/test`.
+//! Speakers in network namespaces of their own, against each other and against BIRD, FRR and GoBGP: real
+//! links, signatures, link-local addresses. Needs root and Debian's bird2, frr and gobgpd; run it through
+//! `scripts/test`.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on fails")]
 
 mod bird;
+mod interop;
 mod paths;
+mod router;
 mod sessions;
 
 use std::net::{IpAddr, Ipv4Addr};
@@ -34,21 +37,41 @@ fn wire(name: &str) -> (Host, Host) {
     let host = |number: u8| Host { netns: Netns::named(format!("{name}{number}")).unwrap(), number };
     let (a, b) = (host(1), host(2));
     a.netns.sh(&format!("ip link add eth0 type veth peer name eth0 netns {}", b.netns.name())).unwrap();
-    for host in [&a, &b] {
-        let number = host.number;
-        host.netns.set_sysctl("net/ipv6/conf/eth0/addr_gen_mode", "1").unwrap();
-        host.netns.sh("ip link set eth0 up").unwrap();
+    a.set_up();
+    b.set_up();
+    (a, b)
+}
+
+/// Three hosts on one segment; the second has the bridge.
+fn star(name: &str) -> (Host, Host, Host) {
+    let host = |number: u8| Host { netns: Netns::named(format!("{name}{number}")).unwrap(), number };
+    let hosts = [host(1), host(2), host(3)];
+    let [a, r, c] = &hosts;
+    r.netns.sh("ip link add eth0 type bridge").unwrap();
+    for leaf in [a, c] {
+        let port = format!("port{}", leaf.number);
+        r.netns
+            .sh(&format!("ip link add {port} type veth peer name eth0 netns {}", leaf.netns.name()))
+            .unwrap();
+        r.netns.sh(&format!("ip link set {port} master eth0 up")).unwrap();
+    }
+    hosts.iter().for_each(Host::set_up);
+    hosts.into()
+}
+
+impl Host {
+    fn set_up(&self) {
+        let number = self.number;
+        self.netns.set_sysctl("net/ipv6/conf/eth0/addr_gen_mode", "1").unwrap();
+        self.netns.sh("ip link set eth0 up").unwrap();
         for address in
             [format!("10.9.0.{number}/24"), format!("fd09::{number}/64"), format!("fe80::{number}/64")]
         {
             let nodad = if address.contains(':') { "nodad" } else { "" };
-            host.netns.sh(&format!("ip address add {address} dev eth0 {nodad}")).unwrap();
+            self.netns.sh(&format!("ip address add {address} dev eth0 {nodad}")).unwrap();
         }
     }
-    (a, b)
-}
 
-impl Host {
     fn v4(&self) -> IpAddr {
         Ipv4Addr::new(10, 9, 0, self.number).into()
     }

@@ -1,0 +1,225 @@
+//! The same stories with each make of router: as an external peer, signed, and as a route reflector.
+
+use ferroute_bgp::message::{Community, Families, LargeCommunity};
+use ferroute_bgp::speaker::RestartConfig;
+use ferroute_bgp::transport::{Password, Reach};
+use ferroute_kit::serial;
+
+use super::router::{Make, Neighbor, OWN, Router};
+use super::*;
+
+/// Four octets are needed for it.
+const ROUTER_ASN: u32 = 4_200_000_002;
+
+fn advertisement(prefix: &str, path: u32, attributes: Attributes) -> Advertisement {
+    Advertisement { prefix: prefix.parse().unwrap(), path, attributes: Arc::new(attributes), tag: 0 }
+}
+
+fn neighbor(host: &Host, address: IpAddr) -> Neighbor {
+    Neighbor { address: Some(address), asn: host.asn().0, ..Neighbor::default() }
+}
+
+fn router_as_peer(host: &Host, address: IpAddr, asn: u32) -> PeerConfig {
+    PeerConfig { asn: PeerAsn::Exactly(Asn(asn)), ..host.as_peer(address) }
+}
+
+/// Prefixes learned, whoever they are from.
+fn learns(node: &Node, wanted: &[&str]) {
+    eventually("routes", PATIENCE, || {
+        let mut learned = node.learned(AfiSafi::Ipv4Unicast);
+        learned.extend(node.learned(AfiSafi::Ipv6Unicast));
+        match wanted.iter().find(|prefix| !learned.iter().any(|route| route.starts_with(**prefix))) {
+            Some(prefix) => Err(format!("no {prefix} in {learned:?}")),
+            None => Ok(()),
+        }
+    });
+}
+
+/// Both families over sessions of both families, attributes, refresh, a wrong AS, a node that is killed.
+fn an_external_router(make: Make, name: &str) {
+    let _serial = serial();
+    let (a, b) = wire(name);
+    let router = Router::start(make, &b, ROUTER_ASN, &[neighbor(&a, a.v4()), neighbor(&a, a.v6())]);
+    let settings = |restarted| {
+        let mut config = a.settings();
+        config.restart = Some(RestartConfig {
+            time: 60,
+            forwarding: Families::ALL,
+            restarted,
+            deferral: Duration::from_secs(10),
+        });
+        config
+    };
+    let peers = |asn| [b.v4(), b.v6()].map(|address| router_as_peer(&b, address, asn)).to_vec();
+    let attributes = Attributes {
+        communities: vec![Community::new(64001, 7)],
+        large_communities: vec![LargeCommunity { administrator: Asn(4_200_000_000), data1: 1, data2: 2 }],
+        med: Some(50),
+        ..Attributes::default()
+    };
+    let own = ["10.96.0.10/32", "2001:db8:a::10/128"];
+    let advertisements = || own.map(|prefix| advertisement(prefix, 0, attributes.clone())).to_vec();
+
+    let node = a.start(settings(false));
+    node.speaker.set_advertisements(advertisements());
+    node.peers(peers(64_999));
+    node.error(b.v4(), "4200000002");
+    node.peers(peers(ROUTER_ASN));
+    node.established(b.v4());
+    node.established(b.v6());
+    let community = router.community(64001, 7);
+    router.shows(own[0], &["64001", "10.9.0.1", &community]);
+    router.shows(own[1], &["64001", "fd09::1", &community]);
+    learns(&node, &OWN);
+    let before = node.peer(b.v4()).received.update;
+    node.speaker.refresh(&b.v4().into(), Families::ALL);
+    eventually("a refresh", PATIENCE, || {
+        let now = node.peer(b.v4()).received.update;
+        if now > before { Ok(()) } else { Err(format!("{before} {now}")) }
+    });
+
+    node.kill();
+    ferroute_kit::assert::throughout("kept routes", Duration::from_secs(2), || {
+        if own.iter().all(|prefix| router.has(prefix)) { Ok(()) } else { Err("withdrawn".to_owned()) }
+    });
+    let node = a.start(settings(true));
+    node.peers(peers(ROUTER_ASN));
+    node.established(b.v4());
+    node.established(b.v6());
+    node.speaker.set_advertisements(advertisements());
+    learns(&node, &OWN);
+    router.shows(own[0], &["64001", "10.9.0.1", &community]);
+    node.speaker.set_advertisements(vec![advertisement(own[1], 0, attributes.clone())]);
+    router.loses(own[0]);
+    router.shows(own[1], &["64001"]);
+}
+
+#[test]
+fn bird_as_an_external_router() {
+    an_external_router(Make::Bird, "xb");
+}
+
+#[test]
+fn frr_as_an_external_router() {
+    an_external_router(Make::Frr, "xf");
+}
+
+#[test]
+fn gobgp_as_an_external_router() {
+    an_external_router(Make::Gobgp, "xg");
+}
+
+/// MD5 and TTL security at once, over both families; a wrong password is told.
+fn a_signed_router(make: Make, name: &str) {
+    let _serial = serial();
+    let (a, b) = wire(name);
+    let signed =
+        |address| Neighbor { password: Some("open-sesame"), security: true, ..neighbor(&a, address) };
+    let router = Router::start(make, &b, ROUTER_ASN, &[signed(a.v4()), signed(a.v6())]);
+    let node = a.start(a.settings());
+    node.advertises(&["10.96.0.10/32", "2001:db8:a::10/128"]);
+    let peers = |password: &str| {
+        [b.v4(), b.v6()]
+            .map(|address| PeerConfig {
+                password: Some(Password::new(password.as_bytes()).unwrap()),
+                reach: Some(Reach::Security(1)),
+                ..router_as_peer(&b, address, ROUTER_ASN)
+            })
+            .to_vec()
+    };
+    node.peers(peers("wrong"));
+    node.error(b.v4(), "another TCP MD5 password");
+    node.peers(peers("open-sesame"));
+    node.established(b.v4());
+    node.established(b.v6());
+    router.shows("10.96.0.10/32", &["10.9.0.1"]);
+    router.shows("2001:db8:a::10/128", &["fd09::1"]);
+    learns(&node, &OWN);
+}
+
+#[test]
+fn bird_signed() {
+    a_signed_router(Make::Bird, "sb");
+}
+
+#[test]
+fn frr_signed() {
+    a_signed_router(Make::Frr, "sf");
+}
+
+#[test]
+fn gobgp_signed() {
+    a_signed_router(Make::Gobgp, "sg");
+}
+
+/// A node says two paths to one prefix, the reflector passes both on, and another node takes both.
+fn a_reflector(make: Make, name: &str) {
+    let _serial = serial();
+    let (a, r, c) = star(name);
+    const ASN: u32 = 64_512;
+    let client = |host: &Host| Neighbor {
+        address: Some(host.v4()),
+        asn: ASN,
+        add_paths: true,
+        client: true,
+        ..Neighbor::default()
+    };
+    let router = Router::start(make, &r, ASN, &[client(&a), client(&c)]);
+    let start = |host: &Host| {
+        let node = host.start(SpeakerConfig { asn: Asn(ASN), ..host.settings() });
+        let mut peer = router_as_peer(&r, r.v4(), ASN);
+        (peer.add_path_send, peer.add_path_receive) = (Families::ALL, Families::ALL);
+        node.peers(vec![peer]);
+        node
+    };
+    let (left, right) = (start(&a), start(&c));
+    let path = |prefix, path: u32| {
+        let attributes =
+            Attributes { communities: vec![Community::new(64001, path as u16)], ..Attributes::default() };
+        advertisement(prefix, path, attributes)
+    };
+    let (v4, v6) = ("10.96.0.10/32", "2001:db8:a::10/128");
+    left.speaker.set_advertisements(vec![path(v4, 1), path(v4, 2), path(v6, 1), path(v6, 2)]);
+    right.advertises(&[]);
+    let negotiated = right.established(r.v4()).negotiated.unwrap();
+    left.established(r.v4());
+    assert_eq!(negotiated.peer_asn, Asn(ASN));
+    router.shows(v4, &[&router.community(64001, 1), &router.community(64001, 2)]);
+    for (prefix, next_hop) in [(v4, "10.9.0.1"), (v6, "fd09::1")] {
+        let family = if prefix == v4 { AfiSafi::Ipv4Unicast } else { AfiSafi::Ipv6Unicast };
+        eventually("both paths", PATIENCE, || {
+            let paths = right.runtime.block_on(right.speaker.rib(move |rib| rib.paths(family))).unwrap();
+            let mut reflected = Vec::new();
+            for path in paths.iter().filter(|path| path.peer.is_some() && path.prefix.to_string() == prefix) {
+                assert_eq!(path.attributes.originator_id, Some(RouterId(Ipv4Addr::new(10, 9, 0, 1))));
+                assert_eq!(path.attributes.cluster_list, [RouterId(Ipv4Addr::new(10, 9, 0, 2))]);
+                assert_eq!(path.attributes.next_hop.to_string(), next_hop);
+                reflected.push(path.attributes.communities.clone());
+            }
+            reflected.sort();
+            let wanted = [1, 2].map(|path| vec![Community::new(64001, path)]);
+            if reflected == wanted { Ok(()) } else { Err(format!("{reflected:?} of {paths:#?}")) }
+        });
+    }
+    // One of them goes, the other stays.
+    left.speaker.set_advertisements(vec![path(v4, 2), path(v6, 2)]);
+    eventually("one path", PATIENCE, || match right.learned(AfiSafi::Ipv4Unicast) {
+        learned if learned.iter().filter(|route| route.starts_with(v4)).count() == 1 => Ok(()),
+        learned => Err(format!("{learned:?}")),
+    });
+}
+
+#[test]
+fn bird_as_a_reflector() {
+    a_reflector(Make::Bird, "rb");
+}
+
+#[test]
+fn frr_as_a_reflector() {
+    a_reflector(Make::Frr, "rf");
+}
+
+#[test]
+fn gobgp_as_a_reflector() {
+    a_reflector(Make::Gobgp, "rg");
+}
