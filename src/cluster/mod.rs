@@ -530,6 +530,14 @@ impl Subscription {
         std::mem::take(&mut content.dirty)
     }
 
+    /// Once all of these kinds are listed: what changed since the last [`Subscription::wait`]. The two belong
+    /// together: a list may end between a wait and a look at what is listed, and a room that decided then
+    /// would take what that list brought for objects that are gone.
+    pub fn take_listed(&self, kinds: &[Kind]) -> Option<Dirty> {
+        // A kind counts as listed only after its objects were marked.
+        self.cluster.read().has_listed(kinds).then(|| std::mem::take(&mut lock(&self.inbox.content).dirty))
+    }
+
     /// The cluster this subscription reads.
     pub fn cluster(&self) -> &Cluster {
         &self.cluster
@@ -628,6 +636,21 @@ mod tests {
         cluster.delete_slice(&key, "a-1");
         assert!(taken(&subscription).services.contains(&key));
         assert!(cluster.read().slices.is_empty());
+    }
+
+    #[test]
+    fn what_a_list_brought_comes_with_its_end() {
+        let cluster = Cluster::new();
+        let subscription = cluster.subscribe();
+        cluster.set_listed(Kind::Namespace);
+        assert!(taken(&subscription).services.is_empty());
+        assert!(subscription.take_listed(&[Kind::Namespace, Kind::Service]).is_none());
+        // Between a wait and the look at what is listed.
+        cluster.apply_service(service("a"));
+        cluster.set_listed(Kind::Service);
+        let dirty = subscription.take_listed(&[Kind::Namespace, Kind::Service]).unwrap();
+        assert!(dirty.listed && dirty.services.contains(&ObjectKey::new("shop", "a")));
+        assert!(taken(&subscription).is_empty());
     }
 
     #[test]

@@ -152,8 +152,10 @@ impl Room {
             }
             merge(&mut self.pending, dirty);
             self.answer_requests();
-            let listed = self.subscription.cluster().read().has_listed(&NEEDED);
-            if listed {
+            let rest = self.subscription.take_listed(&NEEDED);
+            let listed = rest.is_some();
+            if let Some(rest) = rest {
+                merge(&mut self.pending, rest);
                 self.turn(woken);
             }
             // Otherwise nothing is decided on an incomplete view; the kernel keeps what it has.

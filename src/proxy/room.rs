@@ -136,10 +136,11 @@ impl Room {
             }
             merge(&mut self.pending, dirty);
             self.answer_requests();
-            if !self.subscription.cluster().read().has_listed(&NEEDED) {
+            let Some(rest) = self.subscription.take_listed(&NEEDED) else {
                 // Nothing is decided on an incomplete view; the kernel keeps what it has.
                 continue;
-            }
+            };
+            merge(&mut self.pending, rest);
             self.turn(woken);
         }
     }
