@@ -477,7 +477,7 @@ fn client(protocol: Protocol, at: SocketAddr, bind: bool) -> io::Result<Socket> 
 }
 
 /// What the error queue of a socket holds: what was sent, who refused it, and the errno.
-fn errors(socket: &impl AsRawFd) -> Vec<(Vec<u8>, IpAddr, Errno)> {
+pub(crate) fn errors(socket: &impl AsRawFd) -> Vec<(Vec<u8>, IpAddr, Errno)> {
     let mut found = Vec::new();
     loop {
         let mut payload = [0; 64];

@@ -4,15 +4,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::{Ipv4RecvErr, Ipv6RecvErr};
 use socket2::{Domain, Socket, Type};
 
-use crate::Netns;
+use crate::{Netns, reach};
 
 /// How long [`Netns::tcp`] and its like wait for an answer.
 pub const PATIENCE: Duration = Duration::from_secs(2);
@@ -246,7 +250,7 @@ impl Connection {
             }
             Ok::<_, io::Error>(socket)
         })?;
-        socket.connect_timeout(&to.into(), patience)?;
+        connect(&socket, to, patience)?;
         Ok(Self { socket, stream })
     }
 
@@ -283,6 +287,40 @@ impl Connection {
         }
         let text = String::from_utf8_lossy(&line);
         Answer::parse(&text).ok_or_else(|| io::Error::other(format!("not an echo server: {text:?}")))
+    }
+}
+
+/// Connects. A refusal by ICMP that arrives while connect(2) holds the socket, as it does where the
+/// refusing node is in the same kernel, is told at once (ip(7), IP_RECVERR) and not when the first packet
+/// is repeated.
+fn connect(socket: &Socket, to: SocketAddr, patience: Duration) -> io::Result<()> {
+    if to.is_ipv4() {
+        setsockopt(socket, Ipv4RecvErr, &true)?;
+    } else {
+        setsockopt(socket, Ipv6RecvErr, &true)?;
+    }
+    socket.set_nonblocking(true)?;
+    match socket.connect(&to.into()) {
+        Err(error) if error.raw_os_error() != Some(Errno::EINPROGRESS as i32) => return Err(error),
+        _ => {}
+    }
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut ready = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+        match poll(&mut ready, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+            Ok(0) => return Err(ErrorKind::TimedOut.into()),
+            Ok(_) => break,
+        }
+    }
+    if let Some((_, _, errno)) = reach::errors(socket).first() {
+        return Err((*errno).into());
+    }
+    match socket.take_error()? {
+        Some(error) => Err(error),
+        None => socket.set_nonblocking(false),
     }
 }
 
