@@ -1,7 +1,9 @@
 //! A room's chains in the kernel: one iptables command per family, and what is known to be there.
 
 use std::collections::BTreeMap;
+use std::fs::{File, TryLockError};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ferroute_iptables::{
@@ -23,6 +25,52 @@ pub fn writes() -> u64 {
     WRITES.load(Ordering::Acquire)
 }
 
+/// One room of this process writes at a time: two that wait for the same lock only make each other late.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// `XT_LOCK_NAME` of iptables: who writes by the legacy variant holds it (flock(2)).
+pub const LOCK: &str = "/run/xtables.lock";
+/// Seconds to stand in the queue for the lock. Short: what needs no chain shall not wait with it. The
+/// kernel's queue is fair, so whoever takes the lock again and again lets us through.
+const QUEUE: u32 = 1;
+/// After that, a look at the lock replaces standing in the queue for so long.
+const LOOK_ONLY: Duration = Duration::from_secs(2);
+
+/// The lock of the legacy variant, looked at without opening the file again: that would seem a write to
+/// whoever watches it.
+#[derive(Debug, Default)]
+struct Lock {
+    file: Option<File>,
+}
+
+impl Lock {
+    /// Whether another program holds it now.
+    fn is_held(&mut self) -> bool {
+        if self.file.is_none() {
+            self.file = File::open(LOCK).ok();
+        }
+        let Some(file) = &self.file else { return false };
+        match file.try_lock() {
+            Ok(()) => {
+                // Closing would free it too.
+                let _ = file.unlock();
+                false
+            }
+            Err(TryLockError::WouldBlock) => true,
+            // Then the program finds out.
+            Err(TryLockError::Error(_)) => false,
+        }
+    }
+}
+
+/// A lock that was not to be had.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    since: Instant,
+    /// When to stand in the queue again, if no look finds it free before.
+    queue_at: Instant,
+}
+
 /// Reads and writes the chains that one room owns.
 pub struct Chains {
     commands: BTreeMap<Family, Command>,
@@ -32,6 +80,8 @@ pub struct Chains {
     /// The same tables as the kernel holds them, for changes of single chains.
     found: BTreeMap<(Family, TableName), Found>,
     runs: Vec<Run>,
+    lock: Lock,
+    waiting: Option<Waiting>,
 }
 
 /// One run of a program, for metrics.
@@ -67,7 +117,7 @@ impl Chains {
                             "this host has rules in both variants of iptables; packets meet both, programs see one"
                         );
                     }
-                    commands.insert(family, found.command);
+                    commands.insert(family, found.command.with_lock_wait(QUEUE));
                 }
                 Err(error) if family == Family::V6 => {
                     tracing::warn!(%error, "IPv6 is not served");
@@ -82,6 +132,8 @@ impl Chains {
             known: BTreeMap::new(),
             found: BTreeMap::new(),
             runs: Vec::new(),
+            lock: Lock::default(),
+            waiting: None,
         })
     }
 
@@ -103,9 +155,20 @@ impl Chains {
             }
         }
         for (family, tables) in families {
-            let Some(command) = self.commands.get(&family) else { continue };
+            let Some(command) = self.commands.get(&family).cloned() else { continue };
+            // One lock for both families: who waited for it once need not wait again.
+            if let Err(error) = self.locked_out(family) {
+                tables.iter().for_each(|(table, _)| drop(self.known.remove(&(family, *table))));
+                failure = Some(error);
+                continue;
+            }
             // Programs are dear, so one reads and one writes all tables of a family.
+            let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
             let results = command.sync_tables(&self.ours, &tables);
+            drop(turn);
+            if let Some(one) = results.iter().find(|one| one.is_err()).or(results.first()) {
+                self.note_lock(one);
+            }
             for ((table, ruleset), result) in tables.into_iter().zip(results) {
                 match result {
                     Ok(plan) => {
@@ -138,13 +201,39 @@ impl Chains {
         Ok(lines)
     }
 
-    /// Waits at most so long for a program that holds the lock of the legacy variant.
-    #[must_use]
-    pub fn with_lock_wait(mut self, seconds: u32) -> Self {
-        for command in self.commands.values_mut() {
-            *command = command.clone().with_lock_wait(seconds);
+    /// Since when another program holds the lock that these chains wait for.
+    pub fn waits_since(&self) -> Option<Instant> {
+        self.waiting.map(|waiting| waiting.since)
+    }
+
+    /// Whether a write has a chance: nobody holds the lock, or it is time to stand in the queue for it.
+    /// Cheap.
+    pub fn may_write(&mut self) -> bool {
+        self.waiting.is_none_or(|waiting| waiting.queue_at <= Instant::now()) || !self.lock.is_held()
+    }
+
+    /// The refusal of a write that need not be tried.
+    fn locked_out(&mut self, family: Family) -> Result<(), Error> {
+        let since = self.waits_since();
+        match since {
+            Some(since) if !self.may_write() => Err(Error::Locked {
+                program: format!("{family} restore"),
+                seconds: u32::try_from(since.elapsed().as_secs()).unwrap_or(u32::MAX),
+            }),
+            _ => Ok(()),
         }
-        self
+    }
+
+    /// Notes what became of a write.
+    fn note_lock<T>(&mut self, outcome: &Result<T, Error>) {
+        match outcome {
+            Err(Error::Locked { .. }) => {
+                let now = Instant::now();
+                let since = self.waits_since().unwrap_or(now);
+                self.waiting = Some(Waiting { since, queue_at: now + LOOK_ONLY });
+            }
+            _ => self.waiting = None,
+        }
     }
 
     /// Reads one table back and makes it hold what is wanted, in one atomic step.
@@ -181,10 +270,21 @@ impl Chains {
         mut found: Found,
         plan: Plan,
     ) -> Result<Plan, Error> {
-        if let Some(command) = self.commands.get(&family)
-            && !plan.is_empty()
-        {
-            timed(&mut self.runs, family, true, || command.write(table, &plan))?;
+        if !plan.is_empty() {
+            let outcome = self.locked_out(family).and_then(|()| {
+                let Some(command) = self.commands.get(&family) else { return Ok(()) };
+                let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+                let outcome = timed(&mut self.runs, family, true, || command.write(table, &plan));
+                self.note_lock(&outcome);
+                outcome
+            });
+            if let Err(error) = outcome {
+                if matches!(error, Error::Locked { .. }) {
+                    // Nothing was written: what was read still counts.
+                    self.found.insert((family, table), found);
+                }
+                return Err(error);
+            }
             WRITES.fetch_add(1, Ordering::AcqRel);
         }
         found.note(&plan);

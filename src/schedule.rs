@@ -16,6 +16,9 @@ const FAIR_SHARE: u32 = 10;
 /// First and last delay after a failure.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
+/// Delay while another program holds a lock.
+const LOCK_RETRY: Duration = Duration::from_secs(1);
+
 /// What is due.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Due {
@@ -120,6 +123,12 @@ impl Schedule {
         delay
     }
 
+    /// Another program holds a lock that is needed: the next failure is retried soon, however many there
+    /// were.
+    pub fn lock_is_held(&mut self) {
+        self.delay = LOCK_RETRY;
+    }
+
     /// A pass was clean: the next failure is retried quickly again.
     pub fn succeeded(&mut self) {
         self.delay = RETRY.0;
@@ -149,6 +158,10 @@ mod tests {
         assert_eq!(schedule.failed(now), Duration::from_millis(100));
         let due = schedule.take_due(now + Duration::from_millis(100)).unwrap();
         assert!(due.tables && due.rules);
+        for _ in 0..20 {
+            schedule.lock_is_held();
+            assert_eq!(schedule.failed(now), LOCK_RETRY);
+        }
     }
 
     #[test]

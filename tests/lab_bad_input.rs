@@ -117,6 +117,33 @@ fn a_wrong_place_to_read_from_ends_the_start_before_the_kernel_is_touched() {
 }
 
 #[test]
+fn iptables_that_is_not_installed_is_named() {
+    let _serial = serial();
+    let cluster = Cluster::builder().nodes(1).families(Families::V4).build().unwrap();
+    let node = &cluster.nodes[0];
+    let folder = folder("no-iptables");
+    for rooms in ["--run-firewall=true --run-service-proxy=false", "--run-firewall=false"] {
+        // All its programs are links to these two.
+        let script = format!(
+            "for file in /usr/sbin/xtables-nft-multi /usr/sbin/xtables-legacy-multi; do \
+               mount --bind /dev/null $file || exit 99; done; \
+             exec timeout 60 {PROGRAM} --manifests={} --hostname-override=n1 {rooms} \
+               --admin-socket=/run/ferroute-bare/a.sock --cni-socket=/run/ferroute-bare/c.sock",
+            text(&folder)
+        );
+        let mut command = std::process::Command::new("unshare");
+        command.args(["--mount", "bash", "-c", &script]);
+        let output = node.run(|| command.output()).unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        println!("{rooms}: {:?}: {said}", output.status);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("install the package iptables"), "{said}");
+        assert!(!said.contains("panicked"), "{said}");
+    }
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
 fn an_unreachable_api_server_is_told_and_waited_for() {
     let _serial = serial();
     let cluster = Cluster::builder().nodes(1).families(Families::V4).build().unwrap();

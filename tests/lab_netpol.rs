@@ -728,41 +728,72 @@ fn a_pod_start_costs_set_entries_and_a_held_lock_holds_back_chains_only() {
 
     // Another program holds the lock that the legacy variant takes.
     let variant = status(&lab, 1)["iptables"].as_str().unwrap().to_owned();
-    if variant == "legacy" {
-        let mut holder = Daemon::program(
-            &lab.node(1).netns,
-            "lock",
-            "flock",
-            &["-o", "/run/xtables.lock", "sleep", "300"],
-        )
-        .unwrap();
-        eventually("the lock is held", SOON, || {
-            let free = lab.node(1).exec("flock", &["-n", "/run/xtables.lock", "true"]).is_ok();
-            if free { Err("free".to_owned()) } else { Ok(()) }
-        });
-        put_policy(&lab, "shop", "no-b", json!({"podSelector": {"matchLabels": {"app": "b"}}}));
-        eventually("the lock is named", SOON, || {
-            let errors = status(&lab, 1)["errors"].to_string();
-            if errors.contains("xtables lock") && errors.contains("fuser") { Ok(()) } else { Err(errors) }
-        });
-        // What needs no chain goes on: a pod is let in, and its policy holds.
-        let begun = Instant::now();
+    let no_b = json!({"podSelector": {"matchLabels": {"app": "b"}}});
+    if variant != "legacy" {
+        put_policy(&lab, "shop", "no-b", no_b);
         lab.server.insert_unchecked("pods", pod_object(&stray, json!({"app": "a"}))).unwrap();
         expect(b.netns(), Protocol::Tcp, port(&stray), true);
-        eprintln!("a pod start while the lock was held took {:?}", begun.elapsed());
-        expect(twin.netns(), Protocol::Tcp, port(&stray), false);
-        expect(b.netns(), Protocol::Tcp, port(&a), true);
-        holder.terminate(SOON).unwrap();
-    } else {
-        put_policy(&lab, "shop", "no-b", json!({"podSelector": {"matchLabels": {"app": "b"}}}));
-        lab.server.insert_unchecked("pods", pod_object(&stray, json!({"app": "a"}))).unwrap();
-        expect(b.netns(), Protocol::Tcp, port(&stray), true);
+        expect(&lab.cluster.client, Protocol::Tcp, port(&b), false);
+        in_sync(&lab, 1);
+        return;
     }
-    // The pauses between attempts have grown meanwhile.
-    eventually("the new policy is in force", SOON * 2, || {
-        let reply = lab.cluster.client.tcp(port(&b));
-        if reply.answer().is_none() { Ok(()) } else { Err(format!("{reply:?}")) }
+    let failures = lab.metric(1, "ferroute_netpol_pass_failures_total");
+    let mut holder =
+        Daemon::program(&lab.node(1).netns, "lock", "flock", &["-o", "/run/xtables.lock", "sleep", "30"])
+            .unwrap();
+    let held = Instant::now();
+    eventually("the lock is held", SOON, || {
+        let free = lab.node(1).exec("flock", &["-n", "/run/xtables.lock", "true"]).is_ok();
+        if free { Err("free".to_owned()) } else { Ok(()) }
     });
+    put_policy(&lab, "shop", "no-b", no_b);
+    eventually("the lock is named", SOON, || {
+        let errors = status(&lab, 1)["errors"].to_string();
+        if errors.contains("xtables lock") && errors.contains("fuser") { Ok(()) } else { Err(errors) }
+    });
+    assert!(lab.metric(1, "ferroute_netpol_pass_failures_total") > failures);
+    // What needs no chain goes on: a pod is let in, and its policy holds.
+    let begun = Instant::now();
+    lab.server.insert_unchecked("pods", pod_object(&stray, json!({"app": "a"}))).unwrap();
+    expect(b.netns(), Protocol::Tcp, port(&stray), true);
+    println!("a pod start while the lock was held took {:?}", begun.elapsed());
+    while held.elapsed() < Duration::from_secs(28) {
+        expect(twin.netns(), Protocol::Tcp, port(&stray), false);
+        expect(twin.netns(), Protocol::Tcp, port(&a), false);
+        expect(b.netns(), Protocol::Tcp, port(&a), true);
+        assert!(lab.cluster.client.tcp(port(&b)).answer().is_some(), "the new policy waits");
+        std::thread::sleep(Duration::from_secs(2));
+    }
+    assert_eq!(lab.node(1).http_get(lab.daemons[0].health, "/livez").unwrap().status, 200);
+    holder.wait_exit(SOON).unwrap();
+    let begun = Instant::now();
+    let in_force = |to: &Pod, allowed: bool| {
+        eventually("the policy is in force", SOON, || {
+            let reply = lab.cluster.client.ask(Protocol::Tcp, port(to), MISSED);
+            if reply.answer().is_some() == allowed { Ok(()) } else { Err(format!("{reply:?}")) }
+        });
+    };
+    in_force(&b, false);
+    println!("after 30 s of a held lock the policy was in force within {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    in_sync(&lab, 1);
+    let log = lab.daemons[0].log();
+    let told: Vec<&String> = log.iter().filter(|line| line.contains("xtables lock")).collect();
+    assert!((2..8).contains(&told.len()), "told, not shouted: {told:#?}");
+
+    // One that takes it again and again.
+    let bursts = "for turn in $(seq 40); do flock -o /run/xtables.lock sleep 0.5; done";
+    let mut holder = Daemon::program(&lab.node(1).netns, "bursts", "bash", &["-c", bursts]).unwrap();
+    for (turn, allowed) in [true, false, true].into_iter().enumerate() {
+        let rules = if allowed { json!([{}]) } else { json!([]) };
+        let begun = Instant::now();
+        put_policy(&lab, "shop", "no-b", json!({"podSelector": {"matchLabels": {"app": "b"}}, "ingress": rules}));
+        in_force(&b, allowed);
+        println!("change {turn} under bursts of the lock was in force within {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    }
+    assert!(holder.is_running().unwrap());
+    holder.kill().unwrap();
     in_sync(&lab, 1);
 }
 

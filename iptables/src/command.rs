@@ -271,11 +271,16 @@ impl Command {
     /// written. One result per table, in the order given.
     #[must_use]
     pub fn sync_tables(&self, ours: &Ours, wanted: &[(TableName, Ruleset)]) -> Vec<Result<Plan, Error>> {
-        self.sync_at_once(ours, wanted)
+        match self.sync_at_once(ours, wanted) {
+            Ok(results) => results,
+            // Nobody is to blame here, and waiting once for each table would only take longer.
+            Err(Error::Locked { program, seconds }) => {
+                let locked = || Error::Locked { program: program.clone(), seconds };
+                wanted.iter().map(|_| Err(locked())).collect()
+            }
             // Who is to blame, and what was written before it, shows one by one.
-            .unwrap_or_else(|_| {
-                wanted.iter().map(|(table, ruleset)| self.sync(*table, ours, ruleset)).collect()
-            })
+            Err(_) => wanted.iter().map(|(table, ruleset)| self.sync(*table, ours, ruleset)).collect(),
+        }
     }
 
     fn sync_at_once(

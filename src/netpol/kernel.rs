@@ -14,9 +14,6 @@ use crate::host::conntrack::Conntrack;
 use crate::host::kernel::{self, Presence};
 use crate::host::sysctl;
 
-/// Seconds to wait for a program that holds the xtables lock. Short: what needs no chain, like most
-/// pod starts, shall not wait with it, and the pass is tried again.
-const LOCK_WAIT: u32 = 1;
 /// Where policy lives.
 const TABLE: TableName = TableName::Filter;
 
@@ -59,7 +56,7 @@ impl Kernel {
         if Path::new("/proc/sys/net/ipv6").exists() {
             families.push(Family::V6);
         }
-        let chains = Chains::open(&mut families, CHAIN_PREFIXES)?.with_lock_wait(LOCK_WAIT);
+        let chains = Chains::open(&mut families, CHAIN_PREFIXES)?;
         Ok(Self {
             sets: ipset::Handle::open()?,
             chains,
@@ -143,6 +140,11 @@ impl Kernel {
         changes: &ChainChanges,
     ) -> Result<Plan, ferroute_iptables::Error> {
         self.chains.change(family, TABLE, changes)
+    }
+
+    /// Whether a write of chains has a chance: see [`Chains::may_write`].
+    pub fn may_write_chains(&mut self) -> bool {
+        self.chains.may_write()
     }
 
     /// Whether the kernel had a chain when it was last looked at.

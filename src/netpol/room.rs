@@ -3,31 +3,33 @@
 //! It alone writes the chains and sets of policies. An event narrows a pass to what it touches; an
 //! audit reads the kernel back and compares everything. Both run the same code.
 
+mod answers;
+mod chains;
+mod sets;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use ferroute_iptables::ipset::{self, Change, Entry, Sets};
-use ferroute_iptables::{ChainChanges, ChainName, Family, Plan};
-use ferroute_policy::{Direction, Exempt, Gate, Index, Key, Touched, group_chain, policy_chain};
+use ferroute_iptables::ipset::{Change, Entry, Sets};
+use ferroute_iptables::{ChainName, Family};
+use ferroute_policy::{Gate, Index, Key, Touched};
 use ipnet::IpNet;
 
+use self::chains::Written;
 use super::error::Error;
 use super::exclude::Excluded;
-use super::explain::{self, Answer, KernelState, Question, Unanswerable};
 use super::gather;
 use super::hold::{self, Hold};
 use super::kernel::Kernel;
 use super::order::{self, Ordered};
 use super::settings::{Services, Settings};
-use super::starting::{NotProgrammed, Starting};
-use super::status::Status;
+use super::starting::Starting;
 use super::view::{Request, Shared, View, lock};
-use crate::chains;
-use crate::cluster::service::Problem;
-use crate::cluster::{Dirty, Interests, Kind, ObjectKey, Subscription};
+use crate::chains::writes;
+use crate::cluster::{Dirty, Interests, Kind, Subscription};
 use crate::disturbance::Disturbance;
 use crate::proxy::sets::{Role, SetId};
 use crate::report::Reporter;
@@ -36,12 +38,12 @@ use crate::schedule::{Due, Schedule};
 /// Longest sleep: the loop turns at least so often, which is what liveness means, and looks whether
 /// somebody else changed rules.
 const LONGEST_SLEEP: Duration = Duration::from_millis(500);
+/// While another program holds the lock that chains need, it is looked at so often.
+const LOCK_LOOK: Duration = Duration::from_millis(10);
 /// How long arrivals gather before a look, while the first lists are on their way.
 const LISTING_GATHER: Duration = Duration::from_millis(10);
 /// Kinds without which nothing may be decided.
 const NEEDED: [Kind; 4] = Interests::NETWORK_POLICY;
-/// Rules that one write may leave out one after the other before it counts as failed.
-const MOST_LEFT_OUT: usize = 32;
 /// Forgetting flows dumps them all: where that takes longer, it waits for company.
 const CHEAP_DUMP: Duration = Duration::from_millis(10);
 /// And at most so long.
@@ -68,6 +70,10 @@ pub struct Room {
     pending: Dirty,
     /// Chains that a failed pass left behind.
     unwritten: BTreeSet<(Family, ChainName)>,
+    /// A failed pass left behind all chains that there may be.
+    unwritten_all: bool,
+    /// Since when chains wait for another program's lock.
+    waiting: Option<Instant>,
     /// Addresses that a local pod had and has no more: their flows are to be forgotten.
     gone: BTreeSet<IpAddr>,
     forget_at: Option<Instant>,
@@ -89,6 +95,8 @@ enum Scope {
     Touched(Touched),
     /// Everything; the chains too, or the sets alone.
     All { chains: bool },
+    /// What the lock of another program kept from being written, as far as this room knows the kernel.
+    Again,
 }
 
 impl Room {
@@ -119,6 +127,8 @@ impl Room {
             troubled: BTreeSet::new(),
             pending: Dirty::default(),
             unwritten: BTreeSet::new(),
+            unwritten_all: false,
+            waiting: None,
             gone: BTreeSet::new(),
             forget_at: None,
             forget_cost: Duration::ZERO,
@@ -136,7 +146,8 @@ impl Room {
     pub fn run(mut self) -> Result<(), Error> {
         loop {
             let now = Instant::now();
-            let due = [self.starting.next_deadline(), self.forget_at, Some(self.schedule.next_due())];
+            let look = self.waiting.map(|_| now + LOCK_LOOK);
+            let due = [self.starting.next_deadline(), self.forget_at, Some(self.schedule.next_due()), look];
             let sleep = due
                 .into_iter()
                 .flatten()
@@ -178,15 +189,23 @@ impl Room {
         self.forget_flows(started);
         let mut worked = false;
         let mut clean = true;
+        let again = self.waiting.is_some() && (!touched.chains.is_empty() || self.kernel.may_write_chains());
         if !self.adopted {
             worked = true;
             clean = self.adopt();
         } else {
-            if !touched.is_empty() {
+            if again {
+                worked = true;
+                // What waits may be needed by what comes.
+                self.unwritten.extend(touched.chains);
+                clean = self.pass(Scope::Again);
+            } else if !touched.is_empty() {
                 worked = true;
                 clean = self.pass(Scope::Touched(touched));
             }
-            if self.chain_writes != chains::writes() {
+            if self.waiting.is_some() {
+                // Who holds the lock is looked after when he has let go of it.
+            } else if self.chain_writes != writes() {
                 // The proxy may have put its jump in front of ours.
                 self.schedule.request_rules(started);
             } else if self.disturbance.is_seen() {
@@ -201,14 +220,17 @@ impl Room {
             return;
         }
         self.count();
-        self.trusted = clean;
-        if clean {
-            self.schedule.succeeded();
-            self.shared.passed(started, dirty.since);
-        } else {
+        self.trusted = clean && self.waiting.is_none();
+        if !clean {
             let retry = self.schedule.failed(Instant::now());
             self.shared.failed(started);
             tracing::warn!(retry_in = ?retry, "policy pass incomplete, the kernel is read and compared again");
+        } else if self.waiting.is_some() {
+            // Told when the wait began; what waits is late from its event on.
+            self.pending.since = dirty.since;
+        } else {
+            self.schedule.succeeded();
+            self.shared.passed(started, dirty.since);
         }
     }
 
@@ -326,9 +348,12 @@ impl Room {
             Err(error) => return self.failed_to("read ipsets", &error),
         }
         let read = begun.elapsed();
-        let clean = self.pass(Scope::All { chains: due.rules });
+        // While the lock is held, chains are written when it is free.
+        let chains = due.rules && self.waiting.is_none();
+        let scope = if self.waiting.is_some() { Scope::Again } else { Scope::All { chains } };
+        let clean = self.pass(scope);
         self.schedule.tables_cost(read);
-        if due.rules {
+        if chains {
             self.kernel.prepare();
             self.schedule.rules_cost(begun.elapsed());
         }
@@ -346,6 +371,11 @@ impl Room {
             }
             Scope::All { chains } => {
                 (order::whole(&self.mirror, self.index.sets()), chains.then(BTreeMap::new))
+            }
+            Scope::Again => {
+                let all = self.unwritten_all;
+                let chains = if all { BTreeMap::new() } else { self.chain_changes(&self.unwritten) };
+                (order::whole(&self.mirror, self.index.sets()), Some(chains))
             }
         };
         self.hold.keep(&mut ordered);
@@ -397,8 +427,8 @@ impl Room {
         let made = self.apply_sets(&before);
         clean &= made.clean;
         let begun = Instant::now();
-        let mut written = true;
-        let (before_it, own_before) = (chains::writes(), self.own_writes);
+        let (mut written, mut locked) = (true, false);
+        let (before_it, own_before) = (writes(), self.own_writes);
         let others = self.chain_writes != before_it;
         if whole {
             // Before reading: what others do meanwhile is seen again.
@@ -413,11 +443,12 @@ impl Room {
                 Written::No => written = false,
                 // One lock for both: waiting for it twice would only hold up what needs no chain.
                 Written::Locked => {
-                    written = false;
+                    (written, locked) = (false, true);
                     break;
                 }
             }
         }
+        self.wait_for_lock(locked, begun);
         lock(&self.shared.numbers.chains_time).observe(begun.elapsed());
         if self.own_writes != own_before {
             // Our own doing.
@@ -428,11 +459,13 @@ impl Room {
             self.chain_writes = before_it + (self.own_writes - own_before);
         }
         if written {
-            if whole {
+            if whole || matches!(scope, Scope::Again) {
                 self.unwritten.clear();
+                self.unwritten_all = false;
             }
             gates.extend(ordered.after);
         } else {
+            self.unwritten_all |= whole;
             if let Scope::Touched(touched) = &scope {
                 self.unwritten.extend(touched.chains.iter().copied());
             }
@@ -440,171 +473,10 @@ impl Room {
             // far as its rules are; where they are missing it is refused.
             gates = newcomers(gates, &self.mirror);
         }
-        clean &= self.apply_sets(&gates).clean & written;
+        // Waiting is no failure: what waits is tried as soon as the lock is free.
+        clean &= self.apply_sets(&gates).clean & (written | locked);
         self.tell_left_out();
         clean
-    }
-
-    /// The rules of these chains, by family.
-    fn chain_changes(&self, chains: &BTreeSet<(Family, ChainName)>) -> BTreeMap<Family, ChainChanges> {
-        let mut changes: BTreeMap<Family, ChainChanges> = BTreeMap::new();
-        for (family, chain) in chains {
-            let rules = self.index.ruleset(*family).and_then(|ruleset| ruleset.chains.get(chain)).cloned();
-            changes.entry(*family).or_default().insert(*chain, rules);
-        }
-        changes
-    }
-
-    /// Whether the kernel judges pods by our chains already.
-    fn in_force(&self) -> bool {
-        // The first chain of dispatch is there as long as anything is enforced.
-        let Ok(chain) = ChainName::new("KUBE-NWPLCY-INGRESS") else { return false };
-        self.kernel.families().iter().all(|family| {
-            self.kernel.has_chain(*family, chain)
-                || self.kernel.read_chains(*family).is_ok_and(|found| found.chains.contains_key(&chain))
-        })
-    }
-
-    /// Writes single chains, or reads all of a family and makes them right. A rule that this kernel
-    /// cannot take is left out where that allows less, not more.
-    fn write_chains(&mut self, family: Family, changes: Option<ChainChanges>, is_audit: bool) -> Written {
-        if changes.as_ref().is_some_and(BTreeMap::is_empty) {
-            return Written::Yes;
-        }
-        for _ in 0..=MOST_LEFT_OUT {
-            let outcome = match &changes {
-                Some(changes) => {
-                    let changes = self.excluded.changes(family, changes.clone());
-                    self.kernel.change_chains(family, &changes)
-                }
-                None => {
-                    let Some(wanted) = self.index.ruleset(family) else { return Written::Yes };
-                    let wanted = self.excluded.ruleset(family, wanted);
-                    self.kernel.settle_chains(family, &wanted)
-                }
-            };
-            match outcome {
-                Ok(plan) => {
-                    self.wrote(family, &plan, is_audit);
-                    return Written::Yes;
-                }
-                Err(error) => {
-                    if let Some((line, reason)) = refused_line(&error)
-                        && self.excluded.add_line(family, &line, reason)
-                    {
-                        tracing::warn!(?family, %error, "a rule is left out, what it allows is refused");
-                        continue;
-                    }
-                    let locked = matches!(error, ferroute_iptables::Error::Locked { .. });
-                    self.failed_to("write policy chains", &Error::from(error));
-                    return if locked { Written::Locked } else { Written::No };
-                }
-            }
-        }
-        Written::No
-    }
-
-    fn wrote(&mut self, family: Family, plan: &Plan, is_audit: bool) {
-        if plan.is_empty() {
-            return;
-        }
-        self.own_writes += 1;
-        self.shared.count(|numbers| &numbers.chain_writes, 1);
-        if is_audit {
-            let count =
-                plan.written.len() + plan.deleted.len() + plan.jumps_added.len() + plan.jumps_removed.len();
-            self.shared.count(|numbers| &numbers.drift, count);
-            tracing::warn!(
-                ?family, changes = ?plan.describe(), "policy chains differed from what was programmed, repaired"
-            );
-        } else {
-            tracing::debug!(?family, changes = ?plan.describe(), "policy chains written");
-        }
-    }
-
-    fn apply_sets(&mut self, changes: &[Change]) -> Made {
-        let mut made = Made { clean: true, newly_possible: false };
-        if changes.is_empty() {
-            return made;
-        }
-        let begun = Instant::now();
-        let failures = match self.kernel.apply_sets(changes, &mut self.mirror) {
-            Ok(failures) => failures,
-            Err(error) => {
-                made.clean = self.failed_to("write ipsets", &error);
-                return made;
-            }
-        };
-        let took = begun.elapsed();
-        for (at, is_v6) in [false, true].into_iter().enumerate() {
-            if changes.iter().any(|change| change.set().as_str().starts_with("inet6:") == is_v6) {
-                lock(&self.shared.numbers.set_changes[at]).observe(took);
-            }
-        }
-        if !self.excluded.is_empty() {
-            for change in changes {
-                if let Change::Create { set, .. } = change
-                    && !failures.iter().any(|failure| failure.set == *set)
-                {
-                    made.newly_possible |= self.excluded.remove_set(*set);
-                }
-            }
-        }
-        for failure in failures {
-            made.clean &= self.set_refused(&failure);
-        }
-        made
-    }
-
-    /// Notes that the kernel refused a change; whether everything else can go on as if it were made.
-    fn set_refused(&mut self, failure: &ipset::Failed) -> bool {
-        let was_told = self.excluded.sets().any(|set| *set == failure.set);
-        let can_be_missed = match failure.action {
-            "create" => self.excluded.add_set(failure.set, failure.refusal.to_string()),
-            // Its creation was refused, which was told.
-            "add to" => was_told,
-            _ => false,
-        };
-        if !was_told {
-            tracing::warn!(error = %failure, can_be_missed, "ipset change refused");
-        }
-        if !can_be_missed {
-            self.shared.error(failure);
-        }
-        can_be_missed
-    }
-
-    /// Tells policies of which something is left out, and those of which nothing is any more.
-    fn tell_left_out(&mut self) {
-        if self.excluded.is_empty() && self.troubled.is_empty() {
-            return;
-        }
-        let mut told = BTreeSet::new();
-        let keys: Vec<Key> = self.index.enforced_policies().cloned().collect();
-        for key in keys {
-            let chains = Direction::BOTH.map(|direction| policy_chain(direction, &key));
-            let Some(reason) = self.excluded.reason(chains) else { continue };
-            let object = gather::object_key(&key);
-            let problem = Problem {
-                reason: "NotEnforcedAsWritten",
-                message: format!(
-                    "node {}: rules of this NetworkPolicy cannot be written: {reason}; what they allow is refused, the \
-                     rest is enforced, and it is tried again on every audit",
-                    self.settings.node_name
-                ),
-            };
-            self.reporter.replace("NetworkPolicy", &object, &self.uid(&key), &[problem]);
-            told.insert(key);
-        }
-        for key in self.troubled.difference(&told) {
-            self.reporter.resolved("NetworkPolicy", &gather::object_key(key));
-        }
-        self.troubled = told;
-    }
-
-    fn uid(&self, key: &Key) -> Arc<str> {
-        let state = self.subscription.cluster().read();
-        state.network_policies.get(&gather::object_key(key)).map(|p| p.uid.clone()).unwrap_or_default()
     }
 
     /// Forgets flows of addresses that changed hands: the next pod must not inherit what was allowed
@@ -669,169 +541,6 @@ impl Room {
             gauge.store(value as u64, Relaxed);
         }
     }
-
-    fn answer_requests(&mut self) {
-        while let Ok(request) = self.requests.try_recv() {
-            match request {
-                Request::Status(reply) => {
-                    let mut status = Status::gather(
-                        &self.settings,
-                        &self.networks,
-                        &self.index,
-                        &mut self.kernel,
-                        &mut self.excluded,
-                        &self.starting,
-                        &self.hold,
-                    );
-                    status.last_clean_pass_seconds =
-                        self.shared.last_clean_pass().map(|at| at.elapsed().as_secs_f64());
-                    status.errors.extend(self.shared.last_error());
-                    // The asker may have given up waiting.
-                    let _ = reply.send(status);
-                }
-                Request::Explain(question, reply) => {
-                    let _ = reply.send(self.explain(&question));
-                }
-                Request::Starting(pod, deadline, reply) => {
-                    // Also of pods that claim nothing: the API server still shows the address on them.
-                    for address in &pod.addresses {
-                        let holders = self.index.pods_with(*address).map(|(key, _)| gather::object_key(key));
-                        self.pending.pods.extend(holders);
-                    }
-                    let changed = self.starting.claim(pod, deadline, reply);
-                    self.pending.pods.extend(changed);
-                }
-                Request::Programmed(key, addresses, reply) => {
-                    let _ = reply.send(self.programmed(&key, &addresses));
-                }
-                Request::Stopped(key, uid, addresses) => {
-                    // Of a pod that nobody knows nothing would ever end the memory.
-                    let is_known = self.subscription.cluster().read().pods.contains_key(&key);
-                    if self.starting.stop(&key, uid, addresses) {
-                        if !is_known {
-                            self.starting.observe(&key, None);
-                        }
-                        self.pending.pods.insert(key);
-                    }
-                }
-            }
-        }
-    }
-
-    fn answer_starting(&mut self, listed: bool) {
-        if self.starting.next_deadline().is_none() {
-            return;
-        }
-        let waiting: Vec<_> = self.starting.waiting().cloned().collect();
-        let obstacles: BTreeMap<_, _> = waiting
-            .into_iter()
-            .filter_map(|key| Some((key.clone(), self.obstacle(&gather::key(&key))?)))
-            .collect();
-        let state = self.subscription.cluster().read();
-        self.starting.answer(
-            Instant::now(),
-            listed,
-            |key| obstacles.get(key).cloned(),
-            |key| state.pods.get(key).map(Arc::as_ref),
-        );
-    }
-
-    fn programmed(&self, object: &ObjectKey, addresses: &[IpAddr]) -> Result<(), NotProgrammed> {
-        let listed = self.subscription.cluster().read().has_listed(&NEEDED);
-        if !listed || !self.adopted {
-            return Err(NotProgrammed::NotListed(object.clone()));
-        }
-        let key = gather::key(object);
-        if self.index.pod(&key).is_none() {
-            return Err(NotProgrammed::UnknownPod(object.clone()));
-        }
-        let is_its_own =
-            |ip: &IpAddr| self.index.pods_with(*ip).any(|(holder, pod)| *holder == key && pod.local);
-        if let Some(foreign) = addresses.iter().find(|ip| !is_its_own(ip)) {
-            let reason = format!("{foreign} is not known to be an address of it");
-            return Err(NotProgrammed::NotWritten { pod: object.clone(), reason });
-        }
-        match self.obstacle(&key) {
-            None => Ok(()),
-            Some(reason) => Err(NotProgrammed::NotWritten { pod: object.clone(), reason }),
-        }
-    }
-
-    /// What stands against a pod's policies being in the kernel, if anything does.
-    fn obstacle(&self, key: &Key) -> Option<String> {
-        let reason = || self.shared.last_error().unwrap_or_else(|| "the pass is not done".to_owned());
-        if !self.adopted {
-            return Some(reason());
-        }
-        let Some(pod) = self.index.pod(key) else {
-            return Some("its addresses belong to another pod".to_owned());
-        };
-        let differs = |ip: &IpAddr| {
-            let entry = Entry::Ip(*ip);
-            self.index.sets().iter().any(|(name, set)| {
-                set.entries().contains_key(&entry)
-                    != self.mirror.get(name).is_some_and(|set| set.entries().contains_key(&entry))
-            })
-        };
-        if pod.ips.iter().any(differs) {
-            return Some(reason());
-        }
-        if self.unwritten.is_empty() {
-            return None;
-        }
-        let unwritten = |chain: ChainName| self.unwritten.iter().any(|(_, name)| *name == chain);
-        let waits =
-            self.index.isolated().filter(|(_, pod, _)| *pod == key).any(|(direction, _, policies)| {
-                unwritten(group_chain(direction, policies))
-                    || policies.iter().any(|policy| unwritten(policy_chain(direction, policy)))
-            });
-        waits.then(reason)
-    }
-
-    fn explain(&mut self, question: &Question) -> Result<Answer, Unanswerable> {
-        let failed = |error: Error| Unanswerable(format!("the kernel cannot be read: {error}"));
-        if !self.adopted {
-            return Err(Unanswerable("the cluster is not listed yet, so nothing is decided".to_owned()));
-        }
-        let mut sets = self.kernel.read_sets().map_err(failed)?;
-        if let Exempt::Sets(services) = gather::options(&self.settings, self.kernel.families()).exempt {
-            for named in services.into_values() {
-                for name in named.addresses.into_iter().chain([named.frontends]) {
-                    if let Some(set) = self.kernel.read_set(name).map_err(failed)? {
-                        sets.insert(name, set);
-                    }
-                }
-            }
-        }
-        let mut rulesets = BTreeMap::new();
-        for family in self.kernel.families() {
-            let found = self.kernel.read_chains(*family).map_err(failed)?;
-            if let Some(wanted) = self.index.ruleset(*family) {
-                rulesets.insert(*family, found.rules(wanted, *family));
-            }
-        }
-        let kernel = KernelState { rulesets, sets };
-        let state = self.subscription.cluster().read();
-        explain::explain(question, &self.settings.node_name, &state, &self.index, &kernel)
-    }
-}
-
-/// What became of chains to be written.
-enum Written {
-    /// They are in the kernel.
-    Yes,
-    /// They are not.
-    No,
-    /// They are not, since another program holds the lock.
-    Locked,
-}
-
-/// What became of set changes.
-struct Made {
-    /// Everything asked for is in the kernel, or can be missed.
-    clean: bool,
-    /// A set that could not be made before now exists: rules that were left out can be written.
-    newly_possible: bool,
 }
 
 /// Of the pods that go through a gate, those that no gate has let in before.
@@ -853,19 +562,6 @@ fn newcomers(gates: Vec<Change>, kernel: &Sets) -> Vec<Change> {
         .collect()
 }
 
-/// The line of a restore document that the kernel cannot take for good, with the reason. A set that
-/// is missing comes back with the next audit of the sets.
-fn refused_line(error: &ferroute_iptables::Error) -> Option<(String, String)> {
-    match error {
-        ferroute_iptables::Error::Failed { stderr, line: Some(line), .. }
-            if !(stderr.contains("Set ") && stderr.contains("doesn't exist")) =>
-        {
-            Some((line.clone(), stderr.lines().next().unwrap_or_default().to_owned()))
-        }
-        _ => None,
-    }
-}
-
 fn merge(pending: &mut Dirty, more: Dirty) {
     pending.pods.extend(more.pods);
     pending.namespaces.extend(more.namespaces);
@@ -874,25 +570,4 @@ fn merge(pending: &mut Dirty, more: Dirty) {
     pending.listed |= more.listed;
     pending.unreadable |= more.unreadable;
     pending.since = pending.since.into_iter().chain(more.since).min();
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_lasting_refusals_leave_rules_out() {
-        let failed = |stderr: &str, line: Option<&str>| ferroute_iptables::Error::Failed {
-            program: "iptables-restore".to_owned(),
-            status: "exit status: 2".to_owned(),
-            stderr: stderr.to_owned(),
-            line: line.map(str::to_owned),
-        };
-        let missing_match =
-            failed("Couldn't load match `x'\nError occurred at line: 3", Some("-A KUBE-X -m x"));
-        let (line, reason) = refused_line(&missing_match).unwrap();
-        assert_eq!((line.as_str(), reason.as_str()), ("-A KUBE-X -m x", "Couldn't load match `x'"));
-        assert_eq!(refused_line(&failed("Set KUBE-SRC-A doesn't exist.", Some("-A X"))), None);
-        assert_eq!(refused_line(&failed("line 3 failed", None)), None);
-    }
 }

@@ -673,6 +673,9 @@ impl Room {
             }
             Err(error) => {
                 self.rules_wrong = true;
+                if matches!(error, Error::Iptables(ferroute_iptables::Error::Locked { .. })) {
+                    self.schedule.lock_is_held();
+                }
                 self.failed_to("write proxy rules", &error)
             }
         }
