@@ -1,6 +1,6 @@
 //! A room's chains in the kernel: one iptables command per family, and what is known to be there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -82,6 +82,8 @@ pub struct Chains {
     runs: Vec<Run>,
     lock: Lock,
     waiting: Option<Waiting>,
+    /// Chains of ours that stay as they are.
+    kept: BTreeSet<ChainName>,
 }
 
 /// One run of a program, for metrics.
@@ -134,6 +136,7 @@ impl Chains {
             runs: Vec::new(),
             lock: Lock::default(),
             waiting: None,
+            kept: BTreeSet::new(),
         })
     }
 
@@ -201,6 +204,18 @@ impl Chains {
         Ok(lines)
     }
 
+    /// Leaves these chains as they are, though nothing wanted names them as its own.
+    pub fn keep(&mut self, chains: BTreeSet<ChainName>) {
+        self.kept = chains;
+        self.found.clear();
+    }
+
+    /// What a table holds that may be changed.
+    fn without_kept(&self, mut found: Found) -> Found {
+        found.chains.retain(|chain, _| !self.kept.contains(chain));
+        found
+    }
+
     /// Since when another program holds the lock that these chains wait for.
     pub fn waits_since(&self) -> Option<Instant> {
         self.waiting.map(|waiting| waiting.since)
@@ -241,6 +256,7 @@ impl Chains {
         let Some(command) = self.commands.get(&family) else { return Ok(Plan::default()) };
         self.found.remove(&(family, table));
         let found = timed(&mut self.runs, family, false, || command.read(table, &self.ours))?;
+        let found = self.without_kept(found);
         let plan = plan(&found, wanted, &self.ours, family)?;
         self.write(family, table, found, plan)
     }
@@ -294,7 +310,7 @@ impl Chains {
 
     /// What would make a table that was read hold what is wanted.
     pub fn plan(&self, found: &Found, wanted: &Ruleset, family: Family) -> Result<Plan, PlanError> {
-        plan(found, wanted, &self.ours, family)
+        plan(&self.without_kept(found.clone()), wanted, &self.ours, family)
     }
 
     /// Whether a chain was in the kernel when its table was last read or written.

@@ -134,7 +134,8 @@ fn iptables_that_is_not_installed_is_named() {
         let mut command = std::process::Command::new("unshare");
         command.args(["--mount", "bash", "-c", &script]);
         let output = node.run(|| command.output()).unwrap();
-        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        let said =
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
         println!("{rooms}: {:?}: {said}", output.status);
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains("install the package iptables"), "{said}");

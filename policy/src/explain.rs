@@ -148,6 +148,9 @@ impl Index {
             }
             side.isolated_by.push(policy);
         }
+        // What they allow is not known here, only to the kernel.
+        let held = self.held.iter().filter(|(_, held)| held.isolates(direction, key));
+        side.isolated_by.extend(held.map(|(policy, _)| policy.clone()));
         side
     }
 

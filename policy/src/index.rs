@@ -14,11 +14,13 @@ use ferroute_iptables::{ChainName, Family, Rule as ChainRule, Ruleset};
 use ipnet::IpNet;
 
 use crate::block::{self, Block};
-use crate::chain::{self, Group, Options, Peers, Ports};
-use crate::definition::{self, Definition, Namespaces, Whose};
+use crate::chain::{self, Group, Options};
+use crate::compile::compile;
+use crate::definition::{self, Definition, Namespaces};
+use crate::held::Held;
 use crate::members::Members;
 use crate::name;
-use crate::{Direction, Key, Labels, Peer, Pod, Policy, PortMatch, Rule};
+use crate::{Direction, Key, Labels, Pod, Policy};
 
 /// Policies by namespace and name.
 pub(crate) type Policies = BTreeMap<Arc<str>, BTreeMap<Arc<str>, Arc<Policy>>>;
@@ -63,10 +65,12 @@ pub struct Index {
     concerning: BTreeMap<Arc<str>, BTreeSet<String>>,
     /// Definitions that each policy's chain of a direction looks at.
     uses: BTreeMap<(Direction, Key), BTreeSet<String>>,
+    /// Policies that cannot be read and are in force as the kernel has them.
+    pub(crate) held: BTreeMap<Key, Held>,
     members: Members,
     rulesets: BTreeMap<Family, Ruleset>,
     touched: Touched,
-    dirty: Dirty,
+    pub(crate) dirty: Dirty,
 }
 
 struct Active {
@@ -75,9 +79,9 @@ struct Active {
 }
 
 #[derive(Default)]
-struct Dirty {
+pub(crate) struct Dirty {
     pods: BTreeSet<Key>,
-    policies: BTreeSet<Key>,
+    pub(crate) policies: BTreeSet<Key>,
     namespaces: BTreeSet<Arc<str>>,
     /// Directions whose groups changed.
     groups: BTreeSet<Direction>,
@@ -103,6 +107,7 @@ impl Index {
             definitions: BTreeMap::new(),
             concerning: BTreeMap::new(),
             uses: BTreeMap::new(),
+            held: BTreeMap::new(),
             members,
             rulesets: BTreeMap::new(),
             touched: Touched::default(),
@@ -351,7 +356,11 @@ impl Index {
 
     /// Local pods that a policy selects.
     fn selection(&self, key: &Key) -> BTreeSet<Key> {
-        let Some(policy) = self.policy(key) else { return BTreeSet::new() };
+        let Some(policy) = self.policy(key) else {
+            let here = |pod: &&Key| self.pods.get(*pod).is_some_and(Pod::is_enforced_here);
+            let held = self.held.get(key);
+            return held.into_iter().flat_map(Held::pods).filter(here).cloned().collect();
+        };
         self.pods_of(&key.namespace)
             .into_iter()
             .filter(|pod| {
@@ -372,6 +381,7 @@ impl Index {
                     .filter(|(_, policy)| policy.pod_selector.matches(&pod.labels))
                     .map(|(name, _)| Key::new(key.namespace.clone(), name.clone())),
             );
+            now.extend(self.held.iter().filter(|(_, held)| held.has(key)).map(|(policy, _)| policy.clone()));
         }
         let before = match now.is_empty() {
             true => self.selecting.remove(key),
@@ -414,7 +424,10 @@ impl Index {
                 .get(key)
                 .into_iter()
                 .flatten()
-                .filter(|key| self.policy(key).is_some_and(|policy| policy.rules(direction).is_some()))
+                .filter(|policy| match self.policy(policy) {
+                    Some(policy) => policy.rules(direction).is_some(),
+                    None => self.held.get(*policy).is_some_and(|held| held.isolates(direction, key)),
+                })
                 .cloned()
                 .collect();
             isolated |= !policies.is_empty();
@@ -644,105 +657,5 @@ fn put_chain(
     };
     if changed {
         touched.chains.insert((family, chain));
-    }
-}
-
-/// One rule of a policy as rules of its chain, and the definitions that they look at.
-fn compile(
-    key: &Key,
-    selector: &crate::Selector,
-    direction: Direction,
-    rule: &Rule,
-    family: Family,
-    chain: &mut Vec<ChainRule>,
-    used: &mut BTreeMap<String, Definition>,
-) {
-    let source = direction == Direction::Ingress;
-    let mut use_set = |definition: Definition| {
-        let name = definition.name(source && !matches!(definition, Definition::Ports { .. }));
-        let set = name::set(&name, family);
-        used.insert(name, definition);
-        set
-    };
-    // Who, each with the words of its comment.
-    let mut peers: Vec<(Peers, &str)> = Vec::new();
-    match &rule.peers {
-        None => peers.push((Peers::Anybody, "any")),
-        Some(list) => {
-            let mut pods: Vec<(Option<crate::Selector>, crate::Selector)> = Vec::new();
-            let mut blocks: Vec<(IpNet, Vec<IpNet>)> = Vec::new();
-            for peer in list {
-                match peer {
-                    Peer::Pods { namespaces, pods: selector } => {
-                        pods.push((namespaces.clone(), selector.clone()));
-                    }
-                    Peer::Block { cidr, except } => {
-                        let mut except = except.clone();
-                        except.sort_unstable();
-                        except.dedup();
-                        blocks.push((*cidr, except));
-                    }
-                }
-            }
-            pods.sort();
-            pods.dedup();
-            blocks.sort();
-            blocks.dedup();
-            if !pods.is_empty() {
-                let set = use_set(Definition::Pods { namespace: key.namespace.clone(), peers: pods });
-                peers.push((Peers::Set(set), "pods"));
-            }
-            if !blocks.is_empty() {
-                let here = blocks.iter().any(|(cidr, _)| Family::of(cidr.addr()) == family);
-                let set = use_set(Definition::Blocks { blocks });
-                if here {
-                    peers.push((Peers::Set(set), "cidr"));
-                }
-            }
-        }
-    }
-    let Some(ports) = &rule.ports else {
-        for (peers, kind) in &peers {
-            let comment = chain::rule_comment(key, direction, kind);
-            chain.extend(chain::allow(direction, peers, &Ports::Any, &comment));
-        }
-        return;
-    };
-    for (peers, kind) in &peers {
-        let comment = chain::rule_comment(key, direction, kind);
-        chain.extend(chain::allow(direction, peers, &Ports::Numbers(ports), &comment));
-    }
-    let mut names: Vec<_> = ports
-        .iter()
-        .filter_map(|port| match &port.ports {
-            PortMatch::Named(name) => Some((port.protocol, name.clone())),
-            _ => None,
-        })
-        .collect();
-    if names.is_empty() {
-        return;
-    }
-    names.sort();
-    names.dedup();
-    match direction {
-        Direction::Ingress => {
-            let whose = Whose::Targets { namespace: key.namespace.clone(), selector: selector.clone() };
-            let set = use_set(Definition::Ports { whose, names });
-            for (peers, kind) in &peers {
-                let comment = chain::rule_comment(key, direction, &format!("{kind} np"));
-                chain.push(chain::allow_named(direction, peers, set, &comment));
-            }
-        }
-        Direction::Egress => {
-            let mut listed = rule.peers.clone();
-            if let Some(listed) = &mut listed {
-                listed.sort();
-                listed.dedup();
-            }
-            let whose = Whose::Destinations { namespace: key.namespace.clone(), peers: listed };
-            let set = use_set(Definition::Ports { whose, names });
-            let comment = chain::rule_comment(key, direction, "pods np");
-            chain.push(chain::allow_named(direction, &Peers::Anybody, set, &comment));
-        }
     }
 }

@@ -16,8 +16,10 @@
 
 mod block;
 mod chain;
+mod compile;
 mod definition;
 mod explain;
+mod held;
 mod index;
 mod members;
 mod model;
@@ -26,10 +28,11 @@ mod trace;
 
 pub use chain::{Exempt, Options, ServiceSets, UnknownPods};
 pub use explain::{Explanation, Flow, Side};
+pub use held::Held;
 pub use index::{Index, Touched};
 pub use model::{
     Direction, Key, Labels, NamedPort, Peer, Pod, Policy, PolicyPort, PortMatch, Protocol, Requirement, Rule,
     Selector,
 };
-pub use name::{CHAIN_PREFIXES, Gate, SET_PREFIXES, group_chain, policy as policy_chain};
+pub use name::{CHAIN_PREFIXES, Gate, SET_PREFIXES, group_chain, group_of, policy as policy_chain};
 pub use trace::{Packet, Trace, TraceError, Verdict, trace};

@@ -125,11 +125,26 @@ pub(crate) fn group(direction: Direction, policies: &[crate::Key]) -> GroupNames
         parts.extend([&*key.namespace, &*key.name]);
     }
     let hash = hashed("", &parts);
-    let prefix = match direction {
+    let set = format!("{}{hash}", group_prefix(direction));
+    GroupNames { chain: chain(&format!("KUBE-POD-FW-{hash}")), set }
+}
+
+/// The set of the pods that meet a group's chain, by the chain's name; `None` if it is no such chain.
+#[must_use]
+pub fn group_of(chain: ChainName, direction: Direction, family: Family) -> Option<SetName> {
+    let hash = chain.as_str().strip_prefix("KUBE-POD-FW-")?;
+    SetName::new(&match family {
+        Family::V4 => format!("{}{hash}", group_prefix(direction)),
+        Family::V6 => format!("inet6:{}{hash}", group_prefix(direction)),
+    })
+    .ok()
+}
+
+fn group_prefix(direction: Direction) -> &'static str {
+    match direction {
         Direction::Ingress => "KUBE-DST-",
         Direction::Egress => "KUBE-SRC-",
-    };
-    GroupNames { chain: chain(&format!("KUBE-POD-FW-{hash}")), set: format!("{prefix}{hash}") }
+    }
 }
 
 /// The chain that pods meet in a direction when exactly these policies, in order, isolate them.

@@ -1,6 +1,6 @@
 //! The room's kernel handles: dump and apply, and what is ours in each table.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
 
@@ -142,6 +142,11 @@ impl Kernel {
         self.chains.change(family, TABLE, changes)
     }
 
+    /// Leaves these chains of ours as they are.
+    pub fn keep_chains(&mut self, chains: BTreeSet<ChainName>) {
+        self.chains.keep(chains);
+    }
+
     /// Whether a write of chains has a chance: see [`Chains::may_write`].
     pub fn may_write_chains(&mut self) -> bool {
         self.chains.may_write()
@@ -155,6 +160,11 @@ impl Kernel {
     /// What the kernel holds of our chains now.
     pub fn read_chains(&self, family: Family) -> Result<Found, Error> {
         Ok(self.chains.read(family, TABLE)?)
+    }
+
+    /// The same of every family.
+    pub fn read_all_chains(&self) -> Result<BTreeMap<Family, Found>, Error> {
+        self.families.iter().map(|family| Ok((*family, self.read_chains(*family)?))).collect()
     }
 
     /// What would make the chains right.

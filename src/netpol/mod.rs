@@ -61,7 +61,7 @@ pub fn desired(settings: &Settings, state: &State, families: &[Family]) -> Index
 /// What a pass would write now, without writing: reads the kernel once and compares.
 pub fn plan(settings: &Settings, cluster: &Cluster) -> Result<Status, Error> {
     let mut kernel = kernel::Kernel::open_to_read()?;
-    let (index, networks) = {
+    let (mut index, networks) = {
         let state = cluster.read();
         let networks = gather::pod_networks(&state, &settings.node_name);
         (desired(settings, &state, kernel.families()), networks)
@@ -70,7 +70,9 @@ pub fn plan(settings: &Settings, cluster: &Cluster) -> Result<Status, Error> {
     let mut excluded = exclude::Excluded::default();
     let mut hold = hold::Hold::default();
     if hold::is_blind(&cluster.read()) {
-        hold = hold::Hold::begin(&kernel.read_sets()?, index.sets());
+        let (chains, sets) = (kernel.read_all_chains()?, kernel.read_sets()?);
+        hold = hold::Hold::begin(&cluster.read(), &chains, &sets, &mut index);
+        kernel.keep_chains(hold.chains());
     }
     Ok(Status::gather(settings, &networks, &index, &mut kernel, &mut excluded, &starting, &hold))
 }

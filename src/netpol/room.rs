@@ -178,13 +178,7 @@ impl Room {
     fn turn(&mut self, started: Instant) {
         let dirty = std::mem::take(&mut self.pending);
         self.take_changes(&dirty);
-        if !self.hold.is_empty() && !hold::is_blind(&self.subscription.cluster().read()) {
-            tracing::info!("everything can be read; nothing is held any more");
-            self.hold = Hold::default();
-            self.schedule.request_full(started);
-            // What goes now was ours to keep, not a stranger's to change.
-            self.trusted = false;
-        }
+        self.release_held(started);
         let touched = self.index.settle();
         self.forget_flows(started);
         let mut worked = false;
@@ -234,6 +228,27 @@ impl Room {
         }
     }
 
+    /// Lets go of what is held for objects that can be read now.
+    fn release_held(&mut self, now: Instant) {
+        if self.hold.is_empty() {
+            return;
+        }
+        let state = self.subscription.cluster().read();
+        let mut released = self.hold.release_readable(&state, &mut self.index);
+        if !hold::is_blind(&state) {
+            tracing::info!("everything can be read; nothing is held any more");
+            self.hold = Hold::default();
+            released = true;
+        }
+        if released {
+            self.kernel.keep_chains(self.hold.chains());
+            self.schedule.request_full(now);
+            self.schedule.request_rules(now);
+            // What goes now was ours to keep, not a stranger's to change.
+            self.trusted = false;
+        }
+    }
+
     /// Brings what changed in the cluster into the index.
     fn take_changes(&mut self, dirty: &Dirty) {
         let state = self.subscription.cluster().read();
@@ -265,10 +280,9 @@ impl Room {
                 let kept = |ip: &&IpAddr| pod.as_ref().is_some_and(|pod| pod.ips.contains(ip));
                 self.gone.extend(before.ips.iter().filter(|ip| !kept(ip)));
             }
-            if let Some(pod) =
-                pod.as_ref().filter(|_| !self.hold.is_empty() && self.index.pod(&key).is_none())
-            {
-                pod.ips.iter().for_each(|ip| self.hold.release(*ip));
+            if let Some(pod) = pod.as_ref().filter(|_| !self.hold.is_empty()) {
+                let had = |ip: &&IpAddr| self.index.pod(&key).is_some_and(|before| before.ips.contains(ip));
+                pod.ips.iter().filter(|ip| !had(ip)).for_each(|ip| self.hold.release(*ip));
             }
             self.index.put_pod(&key, pod);
         }
@@ -289,11 +303,18 @@ impl Room {
             Err(error) => return self.failed_to("read ipsets", &error),
         }
         if hold::is_blind(&self.subscription.cluster().read()) {
-            self.hold = Hold::begin(&self.mirror, self.index.sets());
+            match self.kernel.read_all_chains() {
+                Ok(chains) => {
+                    let state = self.subscription.cluster().read();
+                    self.hold = Hold::begin(&state, &chains, &self.mirror, &mut self.index);
+                }
+                Err(error) => return self.failed_to("read policy chains", &error),
+            }
+            self.kernel.keep_chains(self.hold.chains());
             if !self.hold.is_empty() {
                 tracing::warn!(
                     held = ?self.hold.describe(),
-                    "something that decides about pods cannot be read; pods that were isolated stay so until it is \
+                    "something that decides about pods cannot be read; what the kernel holds of it stays until it is \
                      mended or gone"
                 );
             }
@@ -378,7 +399,7 @@ impl Room {
                 (order::whole(&self.mirror, self.index.sets()), Some(chains))
             }
         };
-        self.hold.keep(&mut ordered);
+        self.hold.keep(&mut ordered, &self.mirror, self.index.sets());
         let is_audit = matches!(scope, Scope::All { .. }) && self.trusted;
         if is_audit {
             // What could not be made is no drift; it is tried again with the chains, less often.
@@ -405,7 +426,7 @@ impl Room {
                 Err(error) => return self.failed_to("read ipsets", &error),
             }
             ordered = order::whole(&self.mirror, self.index.sets());
-            self.hold.keep(&mut ordered);
+            self.hold.keep(&mut ordered, &self.mirror, self.index.sets());
             // The chains went with the sets.
             chains = Some(BTreeMap::new());
         }

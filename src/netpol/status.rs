@@ -94,7 +94,7 @@ impl Status {
                 // What cannot be made is told already.
                 let missing: Vec<_> = excluded.sets().copied().collect();
                 changes.before.retain(|change| !missing.contains(&change.set()));
-                hold.keep(&mut changes);
+                hold.keep(&mut changes, &actual, index.sets());
                 status.difference = changes.describe();
             }
             Err(error) => status.errors.push(error.to_string()),
