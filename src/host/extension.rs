@@ -110,7 +110,7 @@ pub const OF_PROXY: [Extension; 11] = [
 ];
 
 /// What rules that enforce network policy use.
-pub const OF_POLICY: [Extension; 12] = [
+pub const OF_POLICY: [Extension; 13] = [
     SET,
     CONNTRACK,
     ADDRTYPE,
@@ -120,8 +120,9 @@ pub const OF_POLICY: [Extension; 12] = [
         both("MARK", "xt_mark", "CONFIG_NETFILTER_XT_MARK", "remembering what a policy admitted", false),
         None,
     ),
-    both("multiport", "xt_multiport", "CONFIG_NETFILTER_XT_MATCH_MULTIPORT", "ports of policies", false),
-    both("physdev", "xt_physdev", "CONFIG_NETFILTER_XT_MATCH_PHYSDEV", "pods of one bridge", true),
+    both("tcp", "xt_tcpudp", "CONFIG_NETFILTER_XTABLES", "TCP and UDP ports of policies", false),
+    both("sctp", "xt_sctp", "CONFIG_NETFILTER_XT_MATCH_SCTP", "SCTP ports of policies", true),
+    both("multiport", "xt_multiport", "CONFIG_NETFILTER_XT_MATCH_MULTIPORT", "lists of ports", true),
     both("limit", "xt_limit", "CONFIG_NETFILTER_XT_MATCH_LIMIT", "logging without a flood", false),
     target(
         both("NFLOG", "xt_NFLOG", "CONFIG_NETFILTER_XT_TARGET_NFLOG", "logging what is refused", false),
