@@ -19,6 +19,9 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 /// Delay while another program holds a lock.
 const LOCK_RETRY: Duration = Duration::from_secs(1);
 
+/// Shortest and longest pause between cheap looks.
+const LOOK_PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(300));
+
 /// What is due.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Due {
@@ -136,6 +139,40 @@ impl Schedule {
     }
 }
 
+/// When to look cheaply whether tables changed, between audits that read them. A look that alarms has
+/// everything read; where that finds nothing wrong, looks become rarer.
+#[derive(Debug)]
+pub struct Looks {
+    next: Instant,
+    pause: Duration,
+    alarmed: bool,
+}
+
+impl Looks {
+    /// The first is due after the shortest pause.
+    pub fn new(now: Instant) -> Self {
+        Self { next: now + LOOK_PAUSES.0, pause: LOOK_PAUSES.0, alarmed: false }
+    }
+
+    /// Whether a look is due.
+    pub fn is_due(&self, now: Instant) -> bool {
+        self.next <= now
+    }
+
+    /// Notes a look, how long it took, and whether something seemed changed.
+    pub fn looked(&mut self, now: Instant, cost: Duration, alarmed: bool) {
+        self.alarmed = alarmed;
+        self.next = now + (cost * SHARE).clamp(self.pause, LOOK_PAUSES.1.max(self.pause));
+    }
+
+    /// Notes whether an audit found something wrong.
+    pub fn audited(&mut self, found: bool) {
+        if std::mem::take(&mut self.alarmed) {
+            self.pause = if found { LOOK_PAUSES.0 } else { (self.pause * 2).min(LOOK_PAUSES.1) };
+        }
+    }
+}
+
 fn affordable(cost: Duration) -> Duration {
     (cost * SHARE).max(SHORTEST)
 }
@@ -186,6 +223,26 @@ mod tests {
         schedule.suspect_rules();
         assert!(schedule.rules > Instant::now() + Duration::from_millis(500));
         assert!(schedule.rules <= Instant::now() + Duration::from_secs(1));
+    }
+
+    #[test]
+    fn looks_that_alarm_for_nothing_become_rare() {
+        let now = Instant::now();
+        let mut looks = Looks::new(now);
+        assert!(!looks.is_due(now) && looks.is_due(now + LOOK_PAUSES.0));
+        looks.looked(now, Duration::from_millis(1), false);
+        assert!(
+            !looks.is_due(now + Duration::from_millis(1999)) && looks.is_due(now + Duration::from_secs(2))
+        );
+        for _ in 0..20 {
+            looks.looked(now, Duration::ZERO, true);
+            looks.audited(false);
+        }
+        looks.looked(now, Duration::ZERO, true);
+        assert!(!looks.is_due(now + Duration::from_secs(299)) && looks.is_due(now + LOOK_PAUSES.1));
+        looks.audited(true);
+        looks.looked(now, Duration::ZERO, false);
+        assert!(looks.is_due(now + LOOK_PAUSES.0));
     }
 
     #[test]

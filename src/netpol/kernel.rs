@@ -12,7 +12,7 @@ use super::error::Error;
 use crate::chains::{Chains, Run};
 use crate::host::conntrack::Conntrack;
 use crate::host::kernel::{self, Presence};
-use crate::host::sysctl;
+use crate::host::{self, extension, sysctl};
 
 /// Where policy lives.
 const TABLE: TableName = TableName::Filter;
@@ -46,8 +46,37 @@ impl Kernel {
             }
         }
         let mut kernel = Self::open_to_read()?;
+        kernel.inspect_rules();
         kernel.prepare();
         Ok(kernel)
+    }
+
+    /// Looks for what the rules need. A rule that cannot be written is left out and told on its policy, and
+    /// tried again: the module may be loaded later.
+    fn inspect_rules(&self) {
+        let families: Vec<_> = self
+            .families
+            .iter()
+            .map(|family| match family {
+                Family::V4 => host::Family::V4,
+                Family::V6 => host::Family::V6,
+            })
+            .collect();
+        for finding in extension::inspect(&extension::OF_POLICY, &families, self.chains.uses_nft()) {
+            match finding.present {
+                Presence::Present => tracing::debug!(%finding, "kernel"),
+                // The kernel loads it when a rule names it, if it has it.
+                Presence::Unknown => tracing::info!(%finding, "kernel"),
+                Presence::Missing => tracing::warn!(%finding, "kernel"),
+            }
+        }
+    }
+
+    /// How many entries each set on the host has. Cheap: no entry is read.
+    pub fn set_sizes(&mut self) -> Result<BTreeMap<String, usize>, Error> {
+        let headers = self.sets.headers()?;
+        let size = |count| usize::try_from(count).unwrap_or(usize::MAX);
+        Ok(headers.into_iter().map(|header| (header.name, size(header.elements))).collect())
     }
 
     /// Opens every handle for reading; nothing is made or changed.

@@ -33,7 +33,7 @@ use crate::cluster::{Dirty, Interests, Kind, Subscription};
 use crate::disturbance::Disturbance;
 use crate::proxy::sets::{Role, SetId};
 use crate::report::Reporter;
-use crate::schedule::{Due, Schedule};
+use crate::schedule::{Due, Looks, Schedule};
 
 /// Longest sleep: the loop turns at least so often, which is what liveness means, and looks whether
 /// somebody else changed rules.
@@ -79,6 +79,7 @@ pub struct Room {
     forget_at: Option<Instant>,
     forget_cost: Duration,
     schedule: Schedule,
+    looks: Looks,
     disturbance: Disturbance,
     /// The kernel has been read and made right once since everything was listed.
     adopted: bool,
@@ -133,6 +134,7 @@ impl Room {
             forget_at: None,
             forget_cost: Duration::ZERO,
             schedule,
+            looks: Looks::new(Instant::now()),
             disturbance,
             adopted: false,
             chain_writes: 0,
@@ -204,6 +206,9 @@ impl Room {
                 self.schedule.request_rules(started);
             } else if self.disturbance.is_seen() {
                 self.schedule.suspect_rules();
+            }
+            if !worked && self.trusted && self.looks.is_due(started) {
+                self.look(started);
             }
             if let Some(due) = self.schedule.take_due(started) {
                 worked = true;
@@ -355,6 +360,23 @@ impl Room {
         }
     }
 
+    /// Looks whether somebody else changed sets, as far as their sizes tell; if so, they are read at once.
+    fn look(&mut self, now: Instant) {
+        let alarmed = match self.kernel.set_sizes() {
+            Ok(sizes) => {
+                self.mirror.iter().any(|(name, set)| sizes.get(name.as_str()) != Some(&set.entries().len()))
+            }
+            Err(error) => {
+                tracing::debug!(%error, "cannot look at the sets, audits will");
+                false
+            }
+        };
+        if alarmed {
+            self.schedule.request_full(now);
+        }
+        self.looks.looked(Instant::now(), now.elapsed(), alarmed);
+    }
+
     /// Reads the kernel back and repairs what differs.
     fn audit(&mut self, due: Due) -> bool {
         let begun = Instant::now();
@@ -406,6 +428,7 @@ impl Room {
             let missing: BTreeSet<_> = self.excluded.sets().copied().collect();
             let again: Vec<Change> =
                 ordered.before.extract_if(.., |change| missing.contains(&change.set())).collect();
+            self.looks.audited(!ordered.is_empty());
             if !ordered.is_empty() {
                 self.shared.count(|numbers| &numbers.drift, ordered.len());
                 tracing::warn!(
