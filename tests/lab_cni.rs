@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ferroute_apiserver::Kubelet as Runs;
+use ferroute_kit::assert::eventually;
 use ferroute_kit::{Cluster, Daemon, Netns, Node, Pod, PodSpec, serial};
 use lab::*;
 use serde_json::{Value, json};
@@ -763,4 +764,60 @@ fn without_the_daemon_the_plugin_is_bounded_and_says_so() {
     assert!(check(&stage, "web").status.success());
     stage.end_pod(&seen, started);
     assert_eq!((Seen::get(&seen.leaked), Seen::get(&seen.refused)), (0, 0), "{:?}", seen.notes);
+}
+
+#[test]
+fn the_plugin_is_put_back_into_a_rewritten_list_and_clean_up_takes_it_out() {
+    let _serial = serial();
+    let lab = Lab::without_daemons_by(Cluster::builder().nodes(1), |b| b.kubelet(Runs::External));
+    let node = lab.node(1);
+    let folder = std::env::temp_dir().join(format!("ferroute-net.d-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let list = folder.join("10-net.conflist");
+    let text = |mtu: u32| {
+        format!(
+            "{{\"cniVersion\": \"1.0.0\",\n  \"name\": \"net\", \"plugins\": [{{\"type\": \"bridge\", \"mtu\": {mtu}}}]}}\n"
+        )
+    };
+    std::fs::write(&list, text(1500)).unwrap();
+    let master = format!("--master={}", lab.server.url());
+    let socket = format!("--admin-socket={}", lab.admin_socket(node));
+    let conf_dir = format!("--cni-conf-dir={}", folder.display());
+    let flags = [&*master, &*socket, &*conf_dir, "--run-firewall=true", "--run-service-proxy=false"];
+    let mut daemon = Daemon::ferroute(node, PROGRAM, &flags).unwrap();
+    daemon.wait_ready(READY).unwrap();
+    let plugins = || -> Vec<String> {
+        // A writer may be in the middle of it.
+        let Ok(object) = serde_json::from_slice::<Value>(&std::fs::read(&list).unwrap()) else {
+            return Vec::new();
+        };
+        let plugins = object["plugins"].as_array().cloned().unwrap_or_default();
+        plugins.iter().map(|plugin| plugin["type"].as_str().unwrap_or_default().to_owned()).collect()
+    };
+    let chained = |when: &str| {
+        eventually(&format!("the plugin is in the list {when}"), SOON, || {
+            let plugins = plugins();
+            if plugins == ["bridge", "ferroute-cni"] { Ok(()) } else { Err(format!("{plugins:?}")) }
+        });
+    };
+    chained("of a ready daemon");
+    // As the network's own installer writes it when its settings change.
+    let begun = Instant::now();
+    std::fs::write(&list, text(1400)).unwrap();
+    chained("that was rewritten");
+    println!("put back within {:?}", begun.elapsed());
+    let object: Value = serde_json::from_slice(&std::fs::read(&list).unwrap()).unwrap();
+    assert_eq!(object["plugins"][0]["mtu"], 1400, "the owner's change stays");
+    assert_eq!(object["plugins"][1]["socket"], lab.cni_socket(node), "{object}");
+    let log = daemon.log().join("\n");
+    assert!(log.contains("another program took the CNI plugin out"), "{log}");
+    assert!(daemon.terminate(SOON).unwrap().success());
+    assert_eq!(plugins(), ["bridge", "ferroute-cni"], "a stop opens nothing");
+    let clean = || node.run(|| Command::new(PROGRAM).args(["--cleanup-config", &conf_dir]).output()).unwrap();
+    let output = clean();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && said.contains("10-net.conflist"), "{output:?}");
+    assert_eq!(std::fs::read_to_string(&list).unwrap(), text(1400), "byte for byte as its owner left it");
+    assert_eq!(String::from_utf8_lossy(&clean().stdout), "nothing of ferroute is left on this machine\n");
+    std::fs::remove_dir_all(folder).unwrap();
 }
