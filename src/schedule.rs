@@ -145,13 +145,15 @@ impl Schedule {
 pub struct Looks {
     next: Instant,
     pause: Duration,
+    /// What the last one cost: on a busy machine one alone says little.
+    last_cost: Duration,
     alarmed: bool,
 }
 
 impl Looks {
     /// The first is due after the shortest pause.
     pub fn new(now: Instant) -> Self {
-        Self { next: now + LOOK_PAUSES.0, pause: LOOK_PAUSES.0, alarmed: false }
+        Self { next: now + LOOK_PAUSES.0, pause: LOOK_PAUSES.0, last_cost: Duration::ZERO, alarmed: false }
     }
 
     /// Whether a look is due.
@@ -159,10 +161,11 @@ impl Looks {
         self.next <= now
     }
 
-    /// Notes a look, how long it took, and whether something seemed changed.
+    /// Notes a look, how much of a processor's time it took, and whether something seemed changed.
     pub fn looked(&mut self, now: Instant, cost: Duration, alarmed: bool) {
         self.alarmed = alarmed;
-        self.next = now + (cost * SHARE).clamp(self.pause, LOOK_PAUSES.1.max(self.pause));
+        let usual = std::mem::replace(&mut self.last_cost, cost).min(cost);
+        self.next = now + (usual * SHARE).clamp(self.pause, LOOK_PAUSES.1);
     }
 
     /// Notes whether an audit found something wrong.
@@ -171,6 +174,13 @@ impl Looks {
             self.pause = if found { LOOK_PAUSES.0 } else { (self.pause * 2).min(LOOK_PAUSES.1) };
         }
     }
+}
+
+/// The processor's time that the calling thread has taken, kernel work for it included.
+pub fn thread_time() -> Duration {
+    // Where there is no such clock nothing costs anything, and pauses are the shortest.
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID)
+        .map_or(Duration::ZERO, Duration::from)
 }
 
 fn affordable(cost: Duration) -> Duration {
@@ -230,6 +240,8 @@ mod tests {
         let now = Instant::now();
         let mut looks = Looks::new(now);
         assert!(!looks.is_due(now) && looks.is_due(now + LOOK_PAUSES.0));
+        looks.looked(now, Duration::from_millis(9), false);
+        assert!(looks.is_due(now + LOOK_PAUSES.0), "once is no rule");
         looks.looked(now, Duration::from_millis(1), false);
         assert!(
             !looks.is_due(now + Duration::from_millis(1999)) && looks.is_due(now + Duration::from_secs(2))
