@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use crate::cni::install::{self, BIN_DIR};
-use crate::{netpol, proxy};
+use crate::{netpol, network, proxy};
 
 /// What one room removed, or would remove.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub fn run(cni_conf_dir: &Path, dry_run: bool) -> Outcome {
     let plugin = install::uninstall(cni_conf_dir, Path::new(BIN_DIR), dry_run);
     let (mut removed, mut failures) = (plugin.removed, plugin.failures);
     // Rules of policies name sets of the service proxy, so they go before it.
-    for room in [netpol::cleanup, proxy::cleanup] {
+    for room in [netpol::cleanup, network::cleanup, proxy::cleanup] {
         let Cleanup { removed: more, failures: failed } = room(dry_run);
         removed.extend(more);
         // What both miss, such as iptables, is said once.

@@ -306,7 +306,8 @@ fn a_new_preferred_source_leaves_no_gap() {
             apply(&mut network, &[RouteChange::Add(before)]);
 
             let mut events =
-                Events::subscribe(Interest { links: false, addresses: false, routes: true }).unwrap();
+                Events::subscribe(Interest { links: false, addresses: false, routes: true, rules: false })
+                    .unwrap();
             let done = Arc::new(AtomicBool::new(false));
             let prober = {
                 let done = done.clone();

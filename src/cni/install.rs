@@ -421,7 +421,10 @@ fn read(path: &Path) -> Result<Option<String>, Error> {
 }
 
 /// Replaces a file's text; whether that was needed.
-fn rewrite(path: &Path, edit: impl Fn(&str) -> Result<Option<String>, Unsuitable>) -> Result<bool, Error> {
+pub(crate) fn rewrite(
+    path: &Path,
+    edit: impl Fn(&str) -> Result<Option<String>, Unsuitable>,
+) -> Result<bool, Error> {
     // Behind a link is the file that its owner writes.
     let path = &fs::canonicalize(path).map_err(failed("read", path))?;
     for _ in 0..ATTEMPTS {

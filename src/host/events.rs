@@ -15,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::address::{LinkAddress, RTM_DELADDR, RTM_NEWADDR};
 use super::link::{Link, RTM_DELLINK, RTM_NEWLINK};
 use super::route::{RTM_DELROUTE, RTM_NEWROUTE, Route};
+use super::rule::RTM_DELRULE;
 use super::{Error, Family};
 
 /// RTNLGRP_LINK.
@@ -23,10 +24,14 @@ const GROUP_LINK: u32 = 1;
 const GROUP_IPV4_ADDRESS: u32 = 5;
 /// RTNLGRP_IPV4_ROUTE.
 const GROUP_IPV4_ROUTE: u32 = 7;
+/// RTNLGRP_IPV4_RULE.
+const GROUP_IPV4_RULE: u32 = 8;
 /// RTNLGRP_IPV6_IFADDR.
 const GROUP_IPV6_ADDRESS: u32 = 9;
 /// RTNLGRP_IPV6_ROUTE.
 const GROUP_IPV6_ROUTE: u32 = 11;
+/// RTNLGRP_IPV6_RULE.
+const GROUP_IPV6_RULE: u32 = 19;
 
 /// One change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +49,8 @@ pub enum Event {
     Route(Route),
     /// A route is gone.
     RouteGone(Route),
+    /// A policy-routing rule is gone.
+    RuleGone,
     /// Events were lost, or one could not be read: everything may have changed.
     Overrun,
 }
@@ -64,6 +71,7 @@ impl Event {
             RTM_NEWADDR => LinkAddress::decode(payload)?.map(Event::Address),
             RTM_DELADDR => LinkAddress::decode(payload)?.map(Event::AddressGone),
             RTM_NEWROUTE => Route::decode(payload)?.map(Event::Route),
+            RTM_DELRULE => Some(Event::RuleGone),
             RTM_DELROUTE => Route::decode(payload)?.map(Event::RouteGone),
             _ => None,
         })
@@ -79,11 +87,13 @@ pub struct Interest {
     pub addresses: bool,
     /// Routes of both families and all tables; on a router with a full table this is a flood.
     pub routes: bool,
+    /// Policy-routing rules of both families that go.
+    pub rules: bool,
 }
 
 impl Interest {
     /// Links, addresses and routes.
-    pub const ALL: Interest = Interest { links: true, addresses: true, routes: true };
+    pub const ALL: Interest = Interest { links: true, addresses: true, routes: true, rules: false };
 
     fn groups(self) -> impl Iterator<Item = u32> {
         [
@@ -92,6 +102,8 @@ impl Interest {
             (self.addresses, GROUP_IPV6_ADDRESS),
             (self.routes, GROUP_IPV4_ROUTE),
             (self.routes, GROUP_IPV6_ROUTE),
+            (self.rules, GROUP_IPV4_RULE),
+            (self.rules, GROUP_IPV6_RULE),
         ]
         .into_iter()
         .filter_map(|(wanted, group)| wanted.then_some(group))
@@ -204,7 +216,7 @@ impl Event {
         match self {
             Event::Address(address) | Event::AddressGone(address) => Some(Family::of(address.address.addr())),
             Event::Route(route) | Event::RouteGone(route) => Some(Family::of(route.key.destination.addr())),
-            Event::Link(_) | Event::LinkGone(_) | Event::Overrun => None,
+            Event::Link(_) | Event::LinkGone(_) | Event::RuleGone | Event::Overrun => None,
         }
     }
 }
@@ -232,8 +244,10 @@ mod tests {
     #[test]
     fn interest_chooses_groups() {
         assert_eq!(Interest::ALL.groups().collect::<Vec<_>>(), [1, 5, 9, 7, 11]);
-        let addresses = Interest { links: false, addresses: true, routes: false };
+        let addresses = Interest { links: false, addresses: true, routes: false, rules: false };
         assert_eq!(addresses.groups().collect::<Vec<_>>(), [5, 9]);
+        let rules = Interest { addresses: false, rules: true, ..addresses };
+        assert_eq!(rules.groups().collect::<Vec<_>>(), [8, 19]);
     }
 
     proptest! {

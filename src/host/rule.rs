@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use super::{Error, Family, Network};
 
 const RTM_NEWRULE: u16 = 32;
-const RTM_DELRULE: u16 = 33;
+pub(super) const RTM_DELRULE: u16 = 33;
 const RTM_GETRULE: u16 = 34;
 
 const FRA_SRC: u16 = 2;

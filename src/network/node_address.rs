@@ -438,8 +438,13 @@ impl NodeAddresses {
                 let method = methods.of(purpose);
                 let key = (purpose, family);
                 let before = self.get(purpose, family);
-                let found = choose(method, family, node, host, &mut reach);
-                let (after, problem) = settle(method, before, found, host);
+                // As long as the link has it, nothing is asked: a resolver may be slow.
+                let still = before.filter(|_| *method != Method::KubernetesInternalIp);
+                let still = still.map(|before| host.find(before.address)).filter(|now| now.link.is_some());
+                let (after, problem) = match still {
+                    Some(still) => (Some(still), None),
+                    None => settle(method, before, choose(method, family, node, host, &mut reach)),
+                };
                 let is_missing_family = after.is_none();
                 match problem {
                     Some(text) => {
@@ -472,7 +477,6 @@ fn settle(
     method: &Method,
     before: Option<Chosen>,
     found: Result<Chosen, NoAddress>,
-    host: &Host<'_>,
 ) -> (Option<Chosen>, Option<String>) {
     let Some(before) = before else {
         return match found {
@@ -485,10 +489,6 @@ fn settle(
             Ok(chosen) => (Some(chosen), None),
             Err(error) => (Some(before), Some(format!("{error}; {} stays in use", before.address))),
         };
-    }
-    let still = host.find(before.address);
-    if still.link.is_some() {
-        return (Some(still), None);
     }
     match found {
         // Renumbered in place.

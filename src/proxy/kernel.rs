@@ -476,7 +476,7 @@ fn watch(flags: Arc<HostFlags>, waker: Waker) -> Result<Watching, Error> {
                     Event::Address(_) | Event::AddressGone(_) => (true, true),
                     Event::LinkGone(link) | Event::Link(link) => (false, link.name == DUMMY_LINK),
                     Event::RouteGone(route) => (false, route.protocol == PROTOCOL),
-                    Event::Route(_) => (false, false),
+                    Event::Route(_) | Event::RuleGone => (false, false),
                     Event::Overrun => (true, true),
                 };
                 flags.addresses.fetch_or(addresses, Ordering::AcqRel);
