@@ -361,3 +361,65 @@ fn learned_routes_reach_the_kernel_are_kept_right_and_go_without_a_trace() {
     assert!(nothing.removed.is_empty() && nothing.failures.is_empty(), "{nothing:?}");
     drop(scene.router);
 }
+
+/// Whether this kernel wraps tunnels in UDP.
+fn has_gue() -> bool {
+    let probe = Netns::new("gue").unwrap();
+    let tunnel = "ip link add probe type ipip local 192.0.2.1 remote 192.0.2.2 encap gue encap-sport auto encap-dport 5555";
+    probe.script("ip fou add port 5555 gue").is_ok() && probe.script(tunnel).is_ok()
+}
+
+#[test]
+fn tunnels_in_udp_carry_packets_or_the_missing_piece_is_named_and_all_else_goes_on() {
+    let scene = Scene::new();
+    let Scene { a, b, .. } = &scene;
+    let gue = |node| Settings { encapsulation: Encapsulation::Gue(5555), ..Scene::settings(node) };
+    let on_a = Running::start(a, gue("n1"), &scene.cluster);
+    let on_b = Running::start(b, gue("n2"), &scene.cluster);
+    on_a.view.feed().tell(news(true, &OF_A[..3], true));
+    on_b.view.feed().tell(news(true, OF_B, true));
+    until(a, "ip route", PATIENCE, |said| said.contains("10.244.3.0/24 via 192.168.1.3"));
+    if has_gue() {
+        println!("this kernel has GUE");
+        until(a, "ip route", PATIENCE, |said| said.contains("10.244.2.0/24 dev tun-"));
+        until(b, "ip route", PATIENCE, |said| said.contains("10.244.1.0/24 dev tun-"));
+        a.script("ip addr add 10.244.1.1/24 dev kube-bridge").unwrap();
+        b.script("ip addr add 10.244.2.1/24 dev kube-bridge").unwrap();
+        let receiver = b.run(|| UdpSocket::bind((ip("10.244.2.1"), 7000))).unwrap();
+        let sender = a.run(|| UdpSocket::bind((ip("10.244.1.1"), 0))).unwrap();
+        receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        sender.send_to(b"hello", (ip("10.244.2.1"), 7000)).unwrap();
+        receiver.recv_from(&mut [0; 16]).unwrap();
+        let links = a.script("ip -d link show type ipip").unwrap();
+        assert!(links.contains("encap gue") && links.contains("mtu 1468"), "{links}");
+        // The other form, on the same tunnels.
+        on_a.stop();
+        let plain = Running::start(a, Scene::settings("n1"), &scene.cluster);
+        plain.view.feed().tell(news(true, &OF_A[..3], true));
+        until(a, "ip -d link show type ipip", PATIENCE, |said| {
+            said.contains("mtu 1480") && !said.contains("encap gue")
+        });
+        plain.stop();
+    } else {
+        println!("this kernel has no GUE");
+        let begun = Instant::now();
+        loop {
+            let status = on_a.view.status(PATIENCE).unwrap();
+            if status.errors.iter().any(|error| error.contains("CONFIG_NET_FOU")) {
+                assert!(
+                    status.refused.iter().any(|line| line.contains("no tunnel to 192.168.2.1")),
+                    "{status}"
+                );
+                break;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{status}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        on_a.stop();
+    }
+    on_b.stop();
+    let done = a.run(|| network::cleanup(false));
+    assert!(done.failures.is_empty(), "{:?}", done.failures);
+    let left = a.script("ip link; ip route show table all proto 70; ip rule").unwrap();
+    assert!(!left.contains("tun-") && !left.contains("10.244.3"), "{left}");
+}

@@ -275,6 +275,52 @@ mod tests {
         assert_eq!(learned.all_next_hops().collect::<Vec<_>>(), [ip("192.168.0.1")]);
     }
 
+    /// Waits for news that satisfy; everything that came meanwhile, together.
+    async fn news_until(feed: &Feed, right: impl Fn(&News) -> bool) -> News {
+        let gather = async {
+            let mut all = News::default();
+            while !right(&all) {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                let more = feed.take();
+                all.began |= more.began;
+                all.routes.extend(more.routes);
+                all.complete.extend(more.complete);
+            }
+            all
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(20), gather).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn each_speaker_is_followed_until_the_next() {
+        use ferroute_bgp::message::{Asn, Attributes, RouterId};
+        use ferroute_bgp::speaker::{Advertisement, Speaker, SpeakerConfig};
+
+        let subscription = crate::cluster::Cluster::new().subscribe();
+        let feed = Feed::new(subscription.waker());
+        let (current, receiver) = tokio::sync::watch::channel(None);
+        let following = tokio::spawn(follow(receiver, feed.clone()));
+        for number in 1..=2 {
+            let id = RouterId(std::net::Ipv4Addr::new(127, 0, 0, number));
+            let speaker = Speaker::start(SpeakerConfig::new(Asn(64512), id)).unwrap();
+            speaker.set_peers(Vec::new());
+            let own = net(&format!("10.{number}.0.0/24"));
+            let attributes = Arc::new(Attributes::default());
+            speaker.set_advertisements(vec![Advertisement { prefix: own, path: 0, attributes, tag: 0 }]);
+            current.send(Some(speaker)).unwrap();
+            let told =
+                news_until(&feed, |news| news.routes.contains_key(&own) && news.complete.len() == 2).await;
+            assert!(told.began);
+            assert_eq!(
+                told.routes,
+                [(own, Vec::new())].into(),
+                "a route of our own is none that was learned"
+            );
+        }
+        drop(current);
+        tokio::time::timeout(std::time::Duration::from_secs(20), following).await.unwrap().unwrap();
+    }
+
     proptest! {
         #[test]
         fn next_hops_are_those_of_the_routes(
