@@ -22,7 +22,7 @@ use crate::http::{Answer, Method, Request, StatusCode};
 use crate::log;
 use crate::metrics::{self, ExportTime, Page};
 use crate::report::{CurrentProblem, Reporter};
-use crate::{netpol, proxy};
+use crate::{netpol, proxy, routes};
 
 /// How long a room may take to describe itself.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(20);
@@ -46,6 +46,8 @@ pub struct Desk {
     pub proxy: Option<(proxy::View, Duration)>,
     /// Network policy and its period (`--iptables-sync-period`), where it runs.
     pub netpol: Option<(netpol::View, Duration)>,
+    /// Routes and their period (`--routes-sync-period`), where they run.
+    pub routes: Option<(routes::View, Duration)>,
     /// The watched state.
     pub cluster: Cluster,
     /// Problems of objects.
@@ -72,6 +74,9 @@ struct Status {
     services: Option<proxy::Status>,
     /// The same for network policy.
     policies: Option<netpol::Status>,
+    /// BGP sessions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bgp: Option<routes::Status>,
 }
 
 impl Desk {
@@ -117,6 +122,9 @@ impl Desk {
         if let Some((netpol, _)) = &self.netpol {
             netpol.metrics(page.text());
         }
+        if let Some((routes, _)) = &self.routes {
+            routes.metrics(&mut page);
+        }
         let since_epoch = self.started_at.duration_since(UNIX_EPOCH).unwrap_or_default();
         metrics::process(&mut page, since_epoch);
         self.export_time.observe(begun.elapsed());
@@ -140,8 +148,11 @@ impl Desk {
                 Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
             },
             (&Method::GET, "/explain") => self.explain(&request.query),
+            (&Method::GET, path) if path.starts_with("/bgp/") => self.bgp(path, &request.query),
             (_, "/healthz" | "/livez" | "/readyz") => self.health(request),
-            _ => unknown("GET /status, GET /explain, PUT /log-level, GET /healthz, /livez, /readyz"),
+            _ => unknown(
+                "GET /status, GET /explain, GET /bgp/..., PUT /log-level, GET /healthz, /livez, /readyz",
+            ),
         }
     }
 
@@ -181,6 +192,42 @@ impl Desk {
         }
     }
 
+    /// `/bgp/neighbors`, `/bgp/routes`, `/bgp/advertised?peer=...`, `/bgp/received?peer=...`, each perhaps
+    /// with `output=text`.
+    fn bgp(&self, path: &str, query: &str) -> Answer {
+        let bad = |text: String| Answer::text(StatusCode::BAD_REQUEST, text + "\n");
+        let field = |name: &str| {
+            let value = query.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='))?;
+            Some(percent_decoded(value))
+        };
+        let Some((routes, _)) = &self.routes else {
+            return bad("routes and BGP are off on this node; --run-router=true turns them on".to_owned());
+        };
+        let text = field("output").as_deref() == Some("text");
+        let json = |body: serde_json::Result<String>| match body {
+            Ok(body) => Answer::json(body),
+            Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+        };
+        let name = path.trim_start_matches("/bgp/");
+        if name == "neighbors" {
+            let status = routes.status();
+            return if text {
+                Answer::text(StatusCode::OK, status.to_string())
+            } else {
+                json(serde_json::to_string(&status))
+            };
+        }
+        let listing = match routes::Listing::parse(name, field("peer").as_deref()) {
+            Ok(listing) => listing,
+            Err(cure) => return bad(cure),
+        };
+        match routes.routes(&listing) {
+            Err(error) => bad(error.to_string()),
+            Ok(list) if text => Answer::text(StatusCode::OK, routes::status::table(&list)),
+            Ok(list) => json(serde_json::to_string(&list)),
+        }
+    }
+
     fn set_level(&self, body: &[u8]) -> Answer {
         let level = std::str::from_utf8(body).ok().and_then(|text| text.trim().parse::<i32>().ok());
         let Some(level) = level else {
@@ -204,7 +251,8 @@ impl Desk {
         };
         let proxy = self.proxy.iter().map(|(view, period)| room("proxy", *period, view.health()));
         let netpol = self.netpol.iter().map(|(view, period)| room("netpol", *period, view.health()));
-        proxy.chain(netpol).collect()
+        let routes = self.routes.iter().map(|(view, period)| room("routes", *period, view.health()));
+        proxy.chain(netpol).chain(routes).collect()
     }
 
     fn verdict(&self) -> Verdict {
@@ -252,6 +300,7 @@ impl Desk {
             problems: self.reporter.current(),
             services: self.proxy.as_ref().and_then(|(proxy, _)| proxy.status(STATUS_TIMEOUT)),
             policies: self.netpol.as_ref().and_then(|(netpol, _)| netpol.status(STATUS_TIMEOUT)),
+            bgp: self.routes.as_ref().map(|(routes, _)| routes.status()),
         }
     }
 
@@ -282,6 +331,7 @@ impl Desk {
         let parts = [
             ("The service proxy", self.proxy.is_some(), status.services.as_ref().map(ToString::to_string)),
             ("Network policy", self.netpol.is_some(), status.policies.as_ref().map(ToString::to_string)),
+            ("BGP", self.routes.is_some(), status.bgp.as_ref().map(ToString::to_string)),
         ];
         for (name, runs, part) in parts {
             match part {
@@ -413,6 +463,13 @@ pub fn ask_status(path: &Path, output: Output) -> Result<String, SocketError> {
         Output::Json => "",
     };
     ask(path, &format!("/status{query}"))
+}
+
+/// Asks the running daemon about BGP: `what` is `neighbors`, `routes`, `advertised` or `received`.
+pub fn ask_bgp(path: &Path, output: Output, what: &str, peer: Option<&str>) -> Result<String, SocketError> {
+    let text = if output == Output::Text { "&output=text" } else { "" };
+    let peer = peer.map_or(String::new(), |peer| format!("&peer={}", percent_encoded(peer)));
+    ask(path, &format!("/bgp/{what}?{peer}{text}"))
 }
 
 /// Asks the running daemon whether a connection is allowed, and why.

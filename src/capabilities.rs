@@ -11,6 +11,9 @@ use caps::{CapSet, Capability};
 /// socket of iptables' legacy variant (NET_RAW).
 pub const ALWAYS: [Capability; 2] = [Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW];
 
+/// What BGP needs besides: its port, which may become free late.
+pub const BGP: Capability = Capability::CAP_NET_BIND_SERVICE;
+
 /// What the start needs besides: `modprobe` (SYS_MODULE), and giving up the rest afterwards
 /// (SETPCAP).
 pub const AT_START: [Capability; 4] =

@@ -5,6 +5,7 @@
 //!          |
 //!     task "cluster" ---- Cluster (shared state) --- wakes -+-> thread "proxy"  ---> IPVS, sets, chains, routes
 //!          |                                                +-> thread "netpol" ---> sets, chains
+//!          |                                                +-> thread "routes" ---> BGP speaker (tasks)
 //!          +-- Reporter <---- problems of objects ------------------+
 //!                                                                   | Views (health, status, metrics)
 //!     task "health server"   TCP   /healthz /livez /readyz  <-------+
@@ -38,6 +39,7 @@ use crate::metrics::ExportTime;
 use crate::netpol;
 use crate::proxy::{self, settings::Settings};
 use crate::report::Reporter;
+use crate::routes;
 use crate::supervise::Supervisor;
 
 /// An orderly stop takes at most this long.
@@ -56,6 +58,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         log: _,
         proxy,
         netpol,
+        routes,
         notices,
     } = config;
     require_root()?;
@@ -66,7 +69,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
     if netpol.is_none() {
         conf_dir.iter().for_each(|folder| take_plugin_out(folder));
     }
-    let Some(interests) = interests(&node_name, proxy.is_some(), netpol.is_some()) else {
+    let Some(interests) = interests(&node_name, proxy.is_some(), netpol.is_some(), routes.is_some()) else {
         tracing::info!("nothing to run: every part is switched off");
         return Ok(());
     };
@@ -80,7 +83,10 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
     let plugin = cni_socket.map(|path| admin::listen("cni-socket", &path)).transpose()?;
     let (plugin, _plugin_bound) = plugin.unzip();
     // After the ports, which may be privileged; before any thread, since the sets are per thread.
-    capabilities::keep(&capabilities::AT_START)?;
+    let bgp = routes.as_ref().map(|_| capabilities::BGP);
+    let kept = |list: &[caps::Capability]| -> Vec<_> { list.iter().copied().chain(bgp).collect() };
+    let always = kept(&capabilities::ALWAYS);
+    capabilities::keep(&kept(&capabilities::AT_START))?;
 
     let (started, started_at) = (Instant::now(), SystemTime::now());
     let cluster = Cluster::new();
@@ -89,15 +95,18 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         .worker_threads(2)
         .max_blocking_threads(4)
         .thread_name("tasks")
-        .on_thread_start(|| {
-            if let Err(error) = capabilities::keep(&capabilities::ALWAYS) {
-                tracing::warn!(%error, "a thread keeps more capabilities than it needs");
+        .on_thread_start({
+            let always = always.clone();
+            move || {
+                if let Err(error) = capabilities::keep(&always) {
+                    tracing::warn!(%error, "a thread keeps more capabilities than it needs");
+                }
             }
         })
         .enable_all()
         .build()
         .context("cannot start the task runtime")?;
-    let (proxy, netpol) = {
+    let (proxy, netpol, routes) = {
         // The API client and the health check node port servers belong to the runtime.
         let _inside = runtime.enter();
         check_access(&source)?;
@@ -117,9 +126,18 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
                 anyhow::Ok((room, view, period))
             })
             .transpose()?;
-        (proxy, netpol)
+        let routes = routes
+            .map(|settings| {
+                let period = settings.audit_period;
+                let subscription = cluster.subscribe_to(&Interests::ROUTES);
+                let programmed = proxy.as_ref().map(|(_, view, _)| view.programmed());
+                let (room, view) = routes::Room::open(settings, subscription, &reporter, programmed)?;
+                anyhow::Ok((room, view, period))
+            })
+            .transpose()?;
+        (proxy, netpol, routes)
     };
-    capabilities::keep(&capabilities::ALWAYS)?;
+    capabilities::keep(&always)?;
 
     let desk = Arc::new(Desk {
         node: node_name,
@@ -127,6 +145,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         started_at,
         proxy: proxy.as_ref().map(|(_, view, period)| (view.clone(), *period)),
         netpol: netpol.as_ref().map(|(_, view, period)| (view.clone(), *period)),
+        routes: routes.as_ref().map(|(_, view, period)| (view.clone(), *period)),
         cluster: cluster.clone(),
         reporter: reporter.clone(),
         level,
@@ -174,6 +193,14 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
                 .thread("netpol", move || Ok(room.run()?))
                 .context("cannot start the policy room's thread")?;
         }
+        if let Some((room, view, _)) = routes {
+            stops.push(Box::new(move || view.stop()));
+            let body = move || {
+                room.run();
+                Ok(())
+            };
+            rooms.thread("routes", body).context("cannot start the route room's thread")?;
+        }
         let wanted: Vec<_> = interests.kinds.iter().copied().collect();
         let watched = cluster.clone();
         rooms.task("cluster", async move { Ok(cluster::run(source, watched, interests, reporter).await?) });
@@ -206,7 +233,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
 pub fn plan(config: Config, output: Output) -> anyhow::Result<String> {
     require_root()?;
     let (proxy, netpol) = (config.proxy, config.netpol);
-    let Some(interests) = interests(&config.node_name, proxy.is_some(), netpol.is_some()) else {
+    let Some(interests) = interests(&config.node_name, proxy.is_some(), netpol.is_some(), false) else {
         bail!("nothing to plan: --run-service-proxy=false and --run-firewall=false");
     };
     let source = cluster_source(config.source, proxy.as_ref(), netpol.as_ref())?;
@@ -274,13 +301,11 @@ fn take_plugin_out(folder: &std::path::Path) {
 }
 
 /// What the rooms that run want to know; `None` when none does.
-fn interests(node: &Arc<str>, proxy: bool, netpol: bool) -> Option<Interests> {
+fn interests(node: &Arc<str>, proxy: bool, netpol: bool, routes: bool) -> Option<Interests> {
     let proxy = proxy.then(Interests::service_proxy);
     let netpol = netpol.then(|| Interests::network_policy(node.clone()));
-    match (proxy, netpol) {
-        (Some(proxy), Some(netpol)) => Some(proxy.and(netpol)),
-        (proxy, netpol) => proxy.or(netpol),
-    }
+    let routes = routes.then(Interests::routes);
+    [proxy, netpol, routes].into_iter().flatten().reduce(Interests::and)
 }
 
 /// Only root may change or read the kernel's tables.

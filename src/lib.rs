@@ -6,7 +6,7 @@
 //!   every change names the keys it touches and wakes the rooms that read them.
 //! - [`proxy`]: Services to IPVS virtual servers, sets, local routes and the proxy firewall.
 //! - [`netpol`]: NetworkPolicies to iptables chains and sets.
-//! - [`routes`]: BGP peers and advertisements; the daemon does not start it.
+//! - [`routes`]: BGP: peers, policies and the routes of this node, for a speaker of the `bgp` crate.
 //! - [`network`]: the pod network: node addresses, learned routes, tunnels, masquerade.
 //! - [`chains`], [`schedule`], [`disturbance`]: what every room that writes the kernel shares.
 //! - [`host`]: this machine's kernel: links, routes, sysctls, conntrack; dump and apply only.

@@ -59,6 +59,9 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Explain { socket, output, from, to } => {
             print(&line(admin::ask_explain(&socket, output, &from, &to)?))
         }
+        Command::Bgp { socket, output, what, peer } => {
+            print(&line(admin::ask_bgp(&socket, output, what, peer.as_deref())?))
+        }
         Command::CniInstall(install) => print(&cni::install::install(&install)?),
         Command::CniUninstall { conf_dir, bin_dir } => {
             let outcome = cni::install::uninstall(&conf_dir, &bin_dir, false);

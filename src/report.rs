@@ -62,6 +62,8 @@ struct Event {
     uid: Box<str>,
     problem: Problem,
     hash: u64,
+    /// Good news: an event of type Normal.
+    is_good: bool,
 }
 
 /// A problem that stands, for `ferroute status`.
@@ -201,17 +203,28 @@ impl Reporter {
         content.said.insert(hash, now);
         *content.counters.entry((kind, problem.reason)).or_default() += 1;
         tracing::warn!(kind, object = %key, reason = problem.reason, message = problem.message, "object has a problem");
+        self.enqueue(
+            content,
+            Event { kind, key: key.clone(), uid: uid.into(), problem: problem.clone(), hash, is_good: false },
+        );
+    }
+
+    /// Tells good news of an object: a log line and an event of type Normal. It is no problem, so it
+    /// neither stands nor counts as one.
+    pub fn good_news(&self, kind: &'static str, key: &ObjectKey, uid: &str, news: &Problem) {
+        let hash = foldhash::fast::FixedState::default().hash_one((kind, key, uid, news));
+        tracing::info!(kind, object = %key, reason = news.reason, message = news.message, "object is well");
+        let event =
+            Event { kind, key: key.clone(), uid: uid.into(), problem: news.clone(), hash, is_good: true };
+        self.enqueue(&mut self.lock(), event);
+    }
+
+    fn enqueue(&self, content: &mut Content, event: Event) {
         if content.queue.len() >= QUEUE_LIMIT {
             content.queue.pop_front();
             content.dropped += 1;
         }
-        content.queue.push_back(Event {
-            kind,
-            key: key.clone(),
-            uid: uid.into(),
-            problem: problem.clone(),
-            hash,
-        });
+        content.queue.push_back(event);
         self.inner.queued.notify_one();
     }
 
@@ -233,7 +246,7 @@ impl Reporter {
             },
             "reason": event.problem.reason,
             "message": clipped(&event.problem.message),
-            "type": "Warning",
+            "type": if event.is_good { "Normal" } else { "Warning" },
             "source": { "component": "ferroute", "host": &*self.inner.node },
             "reportingComponent": "ferroute",
             "reportingInstance": &*self.inner.node,
@@ -334,6 +347,14 @@ mod tests {
         assert_eq!(reporter.current().iter().map(|p| p.message.as_str()).collect::<Vec<_>>(), ["b"]);
         cluster.resolved("Service", &key);
         assert!(reporter.current().is_empty());
+    }
+
+    #[test]
+    fn good_news_is_no_problem() {
+        let reporter = Reporter::new("n1");
+        reporter.good_news("Node", &ObjectKey::new("", "n1"), "u", &problem("a"));
+        assert!(reporter.current().is_empty() && reporter.counters().is_empty());
+        assert!(reporter.lock().queue.front().unwrap().is_good);
     }
 
     #[test]

@@ -105,12 +105,12 @@ fn values_that_make_no_sense_end_with_1_all_of_them_named() {
     let seen = ferroute(&[
         "--ipvs-sync-period=0s",
         "--service-cluster-ip-range=10.0.0.0/99",
-        "--run-router=true",
+        "--run-loadbalancer=true",
         "--advertise-cluster-ip",
         "--master=https://%APISERVER%",
     ]);
     assert_eq!(seen.code, 1, "{}", seen.err);
-    for part in ["--ipvs-sync-period=0s", "\"10.0.0.0/99\"", "--run-router=true", "placeholder"] {
+    for part in ["--ipvs-sync-period=0s", "\"10.0.0.0/99\"", "--run-loadbalancer=true", "placeholder"] {
         assert!(seen.err.contains(part), "{part:?} is missing in:\n{}", seen.err);
     }
     assert!(seen.err.lines().all(|line| line.starts_with("ferroute: ")), "{}", seen.err);

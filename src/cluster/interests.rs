@@ -33,6 +33,15 @@ impl Interests {
         Self { kinds: BTreeSet::from(Self::NETWORK_POLICY), only_node: Some(node.into()) }
     }
 
+    /// Kinds that the route room reads: its own Node and those of its peers, and Services with what
+    /// serves them.
+    pub const ROUTES: [Kind; 4] = Self::SERVICE_PROXY;
+
+    /// What the route room reads.
+    pub fn routes() -> Self {
+        Self { kinds: BTreeSet::from(Self::ROUTES), only_node: None }
+    }
+
     /// What both together read.
     #[must_use]
     pub fn and(mut self, other: Self) -> Self {

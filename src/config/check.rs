@@ -1,6 +1,8 @@
 //! From values to [`Config`]: every check, all mistakes together.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+mod routing;
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,13 +12,12 @@ use ferroute_policy::UnknownPods;
 use ipnet::IpNet;
 
 use super::command_line::{Given, Stop};
-use super::flags::{FLAGS, Kind, Room, find};
+use super::flags::{FLAGS, Kind, Room};
 use super::{Cni, Command, Config, Environment, Log, Metrics, Mistake, Output, Source};
 use crate::cni::install::CONF_DIR;
 use crate::duration::GoDuration;
 use crate::netpol;
 use crate::proxy::settings::Settings;
-use crate::routes::settings::is_reserved;
 
 /// The daemon's command line.
 pub(super) fn command(given: &Given, environment: &Environment) -> Result<Command, Stop> {
@@ -66,6 +67,13 @@ pub(super) fn parse_bool(text: &str) -> Option<bool> {
     }
 }
 
+/// Which rooms run.
+struct Running {
+    proxy: bool,
+    policy: bool,
+    routes: bool,
+}
+
 struct Check<'a> {
     given: &'a Given,
     mistakes: Vec<Mistake>,
@@ -75,7 +83,7 @@ impl Check<'_> {
     fn config(mut self, environment: &Environment) -> Result<Config, Stop> {
         self.types();
         let mut notices = self.given.warnings.clone();
-        let (proxy, policy) = self.rooms(&mut notices);
+        let Running { proxy, policy, routes } = self.rooms(&mut notices);
         let config = Config {
             source: self.source(),
             node_name: self.node_name(environment),
@@ -87,6 +95,7 @@ impl Check<'_> {
             log: self.log(),
             proxy: None,
             netpol: None,
+            routes: None,
             notices,
         };
         if let (Some(health), Some(metrics)) = (config.health, &config.metrics)
@@ -101,9 +110,14 @@ impl Check<'_> {
         }
         let settings = self.proxy(config.node_name.clone());
         let netpol = self.policy(&settings, proxy);
-        self.routes();
+        let routing = self.routes(&settings);
         self.finish()?;
-        Ok(Config { proxy: proxy.then_some(settings), netpol: policy.then_some(netpol), ..config })
+        Ok(Config {
+            proxy: proxy.then_some(settings),
+            netpol: policy.then_some(netpol),
+            routes: routing.filter(|_| routes),
+            ..config
+        })
     }
 
     fn finish(&mut self) -> Result<(), Stop> {
@@ -157,35 +171,31 @@ impl Check<'_> {
         }
     }
 
-    /// Which rooms run: the service proxy, network policy; and what is refused.
-    fn rooms(&mut self, notices: &mut Vec<String>) -> (bool, bool) {
-        let mut left_out = Vec::new();
+    /// Which rooms run; and what is refused.
+    fn rooms(&mut self, notices: &mut Vec<String>) -> Running {
         let first = notices.len();
-        for room in [Room::Routes, Room::LoadBalancer] {
-            let Some(switch) = room.switch() else { continue };
-            if self.given.is_explicit(switch) {
-                if self.switch(switch) {
-                    let words = room.words();
-                    self.meaning(format!(
-                        "--{switch}=true: {words} is not part of this version; write --{switch}=false and leave it to another program"
-                    ));
-                }
-                // Switched off: its flags have no effect, here as in kube-router.
-                continue;
-            }
-            if find(switch).is_some_and(|flag| flag.default == "true") {
-                left_out.push(room.words());
-            }
-            self.asked_in_vain(room, switch, notices);
-        }
         let (proxy, policy) = (self.switch("run-service-proxy"), self.switch("run-firewall"));
-        if !proxy && !policy && !left_out.is_empty() {
+        // Other than kube-router's: whoever replaces a proxy alone must not get a second router.
+        let routes = self.given.is_explicit("run-router") && self.switch("run-router");
+        if !self.given.is_explicit("run-router") {
+            self.asked_in_vain(Room::Routes, notices);
+        }
+        if self.switch("run-loadbalancer") {
+            let words = Room::LoadBalancer.words();
+            self.meaning(format!(
+                "--run-loadbalancer=true: {words} is not part of this version; write --run-loadbalancer=false and \
+                 leave it to another program"
+            ));
+        } else if !self.given.is_explicit("run-loadbalancer") {
+            self.asked_in_vain(Room::LoadBalancer, notices);
+        }
+        if !proxy && !policy && !routes && !self.given.is_explicit("run-router") {
             self.meaning(
-                "nothing to run: --run-service-proxy=false and --run-firewall=false, and this version has no other \
-                 part; write --run-router=false as well if that is meant",
+                "nothing to run: --run-service-proxy=false and --run-firewall=false, and routes are off unless \
+                 --run-router=true; write --run-router=false as well if that is meant",
             );
         }
-        if !left_out.is_empty() {
+        if !routes && !self.given.is_explicit("run-router") {
             let running: Vec<&str> = [(proxy, Room::Proxy), (policy, Room::Policy)]
                 .into_iter()
                 .filter(|(runs, _)| *runs)
@@ -194,8 +204,7 @@ impl Check<'_> {
             notices.insert(
                 first,
                 format!(
-                    "not part of this version: {}; running {} only",
-                    left_out.join(", "),
+                    "routes and BGP are off unless --run-router=true; running {} only",
                     running.join(" and ")
                 ),
             );
@@ -213,32 +222,31 @@ impl Check<'_> {
                     .to_owned(),
             );
         }
-        (proxy, policy)
+        if routes {
+            self.without_effect(notices);
+        }
+        Running { proxy, policy, routes }
     }
 
     /// Flags of a room that was neither switched on nor off.
-    fn asked_in_vain(&mut self, room: Room, switch: &str, notices: &mut Vec<String>) {
+    fn asked_in_vain(&mut self, room: Room, notices: &mut Vec<String>) {
         let mut idle = Vec::new();
-        for flag in FLAGS.iter().filter(|flag| flag.room == room && !room.is_built()) {
+        let (why, cure) = match room {
+            Room::Routes => ("is off unless --run-router=true", "write that, or remove the flag"),
+            _ => ("is not part of this version", "remove the flag"),
+        };
+        for flag in FLAGS.iter().filter(|flag| flag.room == room) {
             if !self.given.is_explicit(flag.name) || self.is_default(flag.name, flag.kind, flag.default) {
                 continue;
             }
             if flag.asks {
-                let words = room.words();
-                self.meaning(format!(
-                    "--{}: {words} is not part of this version; remove the flag, or write --{switch}=false",
-                    flag.name
-                ));
+                self.meaning(format!("--{}: {} {why}; {cure}", flag.name, room.words()));
             } else if flag.kind != Kind::Switch || self.switch(flag.name) {
                 idle.push(format!("--{}", flag.name));
             }
         }
         if !idle.is_empty() {
-            notices.push(format!(
-                "no effect, because {} is not part of this version: {}",
-                room.words(),
-                idle.join(" ")
-            ));
+            notices.push(format!("no effect, because {} {why}: {}", room.words(), idle.join(" ")));
         }
     }
 
@@ -514,129 +522,4 @@ impl Check<'_> {
             },
         }
     }
-
-    /// The routing flags are checked like kube-router does, so that a mistake shows before the
-    /// room exists; their values are not kept.
-    fn routes(&mut self) {
-        for name in ["routes-sync-period", "injected-routes-sync-period", "loadbalancer-sync-period"] {
-            self.period(name);
-        }
-        if let Some(hold) = self.duration("bgp-holdtime")
-            && !(3..=65536).contains(&(hold.nanoseconds() / 1_000_000_000))
-        {
-            self.meaning(format!("--bgp-holdtime={hold}: must be between 3s and 65536s"));
-        }
-        if self.switch("bgp-graceful-restart") {
-            for (name, most) in
-                [("bgp-graceful-restart-time", 4095), ("bgp-graceful-restart-deferral-time", 18 * 3600)]
-            {
-                let most = GoDuration::from_secs(most);
-                if let Some(value) = self.duration(name)
-                    && (value.nanoseconds() <= 0 || value > most)
-                {
-                    self.meaning(format!("--{name}={value}: must be longer than zero and at most {most}"));
-                }
-            }
-        }
-        self.within("bgp-port", 1, 65535);
-        self.within("overlay-encap-port", 1024, 65535);
-        if let Some(asn) = self.number("cluster-asn")
-            && asn != 0
-            && !(64512..=65535).contains(&asn)
-            && !(4_200_000_000..=4_294_967_294).contains(&asn)
-        {
-            self.meaning(format!(
-                "--cluster-asn={asn}: must be private: 64512-65535 or 4200000000-4294967294, or 0 for 64512"
-            ));
-        }
-        for (name, words) in [("overlay-encap", ["ipip", "fou"]), ("overlay-type", ["subnet", "full"])] {
-            let text = self.given.text(name);
-            if !words.contains(&text) {
-                self.meaning(format!("--{name}={text}: write {} or {}", words[0], words[1]));
-            }
-        }
-        let id = self.given.text("router-id");
-        if !id.is_empty() && id != "generate" && id.parse::<Ipv4Addr>().is_err() {
-            self.meaning(format!("--router-id={id}: write an IPv4 address or generate"));
-        }
-        self.peers();
-    }
-
-    fn within(&mut self, name: &str, first: u64, last: u64) {
-        if let Some(value) = self.number(name)
-            && !(first..=last).contains(&value)
-        {
-            self.meaning(format!("--{name}={value}: must be from {first} to {last}"));
-        }
-    }
-
-    fn peers(&mut self) {
-        let mut wrong = Vec::new();
-        let ips = self.items("peer-router-ips");
-        for ip in ips.iter().filter(|ip| ip.parse::<IpAddr>().is_err()) {
-            wrong.push(Mistake::usage(format!("--peer-router-ips: {ip:?} is no IP address")));
-        }
-        let asns = self.items("peer-router-asns");
-        for asn in &asns {
-            match asn.parse::<u32>() {
-                Err(_) => wrong.push(Mistake::usage(format!("--peer-router-asns: {asn:?} is no ASN"))),
-                Ok(number) if is_reserved(number) => {
-                    wrong.push(Mistake::meaning(format!("--peer-router-asns: {number} is reserved")));
-                }
-                Ok(_) => {}
-            }
-        }
-        let ports = self.items("peer-router-ports");
-        for port in &ports {
-            match port.parse::<u32>() {
-                Err(_) => wrong.push(Mistake::usage(format!("--peer-router-ports: {port:?} is no port"))),
-                Ok(number) if !(1..=65535).contains(&number) => {
-                    wrong.push(Mistake::meaning(format!("--peer-router-ports: {number} is no port")));
-                }
-                Ok(_) => {}
-            }
-        }
-        let passwords = self.given.list("peer-router-passwords");
-        for (index, password) in passwords.iter().enumerate() {
-            if !is_base64(password) {
-                // The value is a secret and is never printed.
-                wrong.push(Mistake::meaning(format!(
-                    "--peer-router-passwords: item {} is not base64",
-                    index + 1
-                )));
-            }
-        }
-        if asns.len() != ips.len() {
-            wrong.push(Mistake::meaning(format!(
-                "--peer-router-asns has {} items and --peer-router-ips {}; give one ASN per address",
-                asns.len(),
-                ips.len()
-            )));
-        }
-        for (name, count) in [("ports", ports.len()), ("passwords", passwords.len())] {
-            if count != 0 && count != ips.len() {
-                wrong.push(Mistake::meaning(format!(
-                    "--peer-router-{name} has {count} items and --peer-router-ips {}; give none, or one per address",
-                    ips.len()
-                )));
-            }
-        }
-        let has_peers = !ips.is_empty();
-        self.mistakes.extend(wrong);
-        if has_peers {
-            self.within("bfd-desired-min-tx-interval", 1, 4_294_967);
-            self.within("bfd-required-min-rx-interval", 1, 4_294_967);
-            self.within("bfd-detection-multiplier", 1, 255);
-            self.within("bfd-port", 1, 65535);
-        }
-    }
-}
-
-/// Standard base64 with padding (RFC 4648 section 4); blank is allowed.
-fn is_base64(text: &str) -> bool {
-    let body = text.trim_end_matches('=');
-    let padding = text.len() - body.len();
-    text.len().is_multiple_of(4)
-        && padding <= 2
-        && body.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'+' || byte == b'/')
 }

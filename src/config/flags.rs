@@ -39,7 +39,7 @@ impl Room {
             Room::Daemon => "Process, API access, health, metrics, logs",
             Room::Proxy => "Service proxy",
             Room::Policy => "Network policy",
-            Room::Routes => "Routes (not part of this version)",
+            Room::Routes => "Routes and BGP (with --run-router=true)",
             Room::LoadBalancer => "Load-balancer addresses (not part of this version)",
         }
     }
@@ -53,22 +53,6 @@ impl Room {
             Room::Routes => "routes and BGP",
             Room::LoadBalancer => "load-balancer address assignment",
         }
-    }
-
-    /// The switch that turns the room on.
-    pub(super) fn switch(self) -> Option<&'static str> {
-        match self {
-            Room::Daemon => None,
-            Room::Proxy => Some("run-service-proxy"),
-            Room::Policy => Some("run-firewall"),
-            Room::Routes => Some("run-router"),
-            Room::LoadBalancer => Some("run-loadbalancer"),
-        }
-    }
-
-    /// Whether this version has the room.
-    pub(super) fn is_built(self) -> bool {
-        matches!(self, Room::Daemon | Room::Proxy | Room::Policy)
     }
 }
 
@@ -145,7 +129,7 @@ pub(super) const FLAGS: &[Flag] = &[
     flag(Daemon, "run-loadbalancer", Switch, "false",
         "Load-balancer address assignment; not part of this version: refused when true"),
     flag(Daemon, "run-router", Switch, "true",
-        "Routes and BGP; not part of this version: off unless set, refused when set to true"),
+        "Routes and BGP; off unless set to true (kube-router's default)"),
     flag(Daemon, "run-service-proxy", Switch, "true",
         "IPVS service proxy"),
     flag(Daemon, "v", Text, "0",

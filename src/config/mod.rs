@@ -26,6 +26,7 @@ use flags::{Flag, Kind, Room};
 use crate::cni::install::Install;
 use crate::netpol;
 use crate::proxy::settings::Settings;
+use crate::routes;
 
 /// What the user wants done.
 #[derive(Debug)]
@@ -66,6 +67,17 @@ pub enum Command {
         /// The same with a port.
         to: String,
     },
+    /// `ferroute bgp`: sessions and routes.
+    Bgp {
+        /// The daemon's socket.
+        socket: PathBuf,
+        /// How to print it.
+        output: Output,
+        /// `neighbors`, `routes`, `advertised` or `received`.
+        what: &'static str,
+        /// Of which peer.
+        peer: Option<String>,
+    },
     /// `ferroute cni install`: the CNI plugin onto this host.
     CniInstall(Install),
     /// `ferroute cni uninstall`: the CNI plugin off this host.
@@ -102,6 +114,8 @@ pub struct Config {
     pub proxy: Option<Settings>,
     /// Network policy's choices; `None` when it is off.
     pub netpol: Option<netpol::Settings>,
+    /// The choices for routes and BGP; `None` when they are off.
+    pub routes: Option<routes::Settings>,
     /// What the user should know about the flags, as whole sentences.
     pub notices: Vec<String>,
 }
@@ -214,6 +228,7 @@ const ABOUT: &str = "One Kubernetes node network agent: Services through IPVS, n
     ferroute status [FLAGS]   what the running daemon wants, what the kernel has, the difference\n\
     ferroute plan [FLAGS]     what a daemon with these flags would change; writes nothing\n\
     ferroute explain FROM TO:PORT  whether policies allow a connection, and what the kernel does with it\n\
+    ferroute bgp neighbors|routes|advertised|received   BGP sessions, and why a route is taken or sent\n\
     ferroute cni install      the CNI plugin onto this host: pods start when their policy is in force\n\
     ferroute cni uninstall    the CNI plugin off this host\n\n\
     Flags are compatible with kube-router's. Durations are Go's (1m30s), lists go by comma or repetition.";
@@ -253,6 +268,7 @@ pub fn parse(words: Vec<OsString>, environment: &Environment) -> Result<Command,
             Ok(Command::Plan { config: Box::new(check::config(&given, environment)?), output })
         }),
         Some("explain") => explain(words.into_iter().skip(1).collect()),
+        Some("bgp") => bgp(words.into_iter().skip(1).collect()),
         Some("cni") => cni::command(words.into_iter().skip(1).collect()),
         _ => command_line::read("ferroute", ABOUT, |_| true, &[], words)
             .and_then(|given| check::command(&given, environment)),
@@ -290,6 +306,45 @@ fn explain(words: Vec<OsString>) -> Result<Command, Stop> {
             "explain: write `ferroute explain FROM TO:PORT`, for example `ferroute explain shop/cart shop/db:5432`",
         )])),
     }
+}
+
+/// Reads the words behind `bgp`: what to show, perhaps of which peer, and flags around them.
+fn bgp(words: Vec<OsString>) -> Result<Command, Stop> {
+    let (flags, rest) = split_ends(words);
+    let given = command_line::read(
+        "ferroute bgp",
+        "BGP sessions and routes of the running daemon.\n\nferroute bgp neighbors            sessions: state, since \
+         when, paths, last error\nferroute bgp routes               all paths, and why one is best or not\n\
+         ferroute bgp advertised ADDRESS   what a peer is told, and why it is not told the rest\n\
+         ferroute bgp received ADDRESS     what a peer sent, and what became of it",
+        |flag| flag.name == "admin-socket",
+        &[OUTPUT],
+        flags,
+    )?;
+    let output = check::output(&given)?;
+    let rest: Vec<String> = rest.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+    let wrong = |text: String| Err(Stop::Wrong(vec![Mistake::usage(format!("bgp: {text}"))]));
+    let (name, peer) = match rest.as_slice() {
+        [name] => (name.as_str(), None),
+        [name, peer] => (name.as_str(), Some(peer.as_str())),
+        _ => ("", None),
+    };
+    let Some(what) = ["neighbors", "routes", "advertised", "received"].into_iter().find(|what| *what == name)
+    else {
+        return wrong(
+            "write `ferroute bgp neighbors`, `routes`, `advertised ADDRESS` or `received ADDRESS`".to_owned(),
+        );
+    };
+    if what == "neighbors" && peer.is_some() {
+        return wrong("neighbors takes no address".to_owned());
+    }
+    if what != "neighbors"
+        && let Err(cure) = routes::Listing::parse(what, peer)
+    {
+        return wrong(cure);
+    }
+    let socket = PathBuf::from(given.text("admin-socket"));
+    Ok(Command::Bgp { socket, output, what, peer: peer.map(str::to_owned) })
 }
 
 /// Words that begin with a dash, with the value of `-o`, from the others.

@@ -214,7 +214,9 @@ fn defaults_of_the_service_proxy() {
     );
     assert_eq!(
         config.notices,
-        ["not part of this version: routes and BGP; running the service proxy and network policy only"]
+        [
+            "routes and BGP are off unless --run-router=true; running the service proxy and network policy only"
+        ]
     );
     assert_eq!(run("--run-router=false").notices, Vec::<String>::new());
 }
@@ -482,8 +484,6 @@ fn secrets_are_never_printed() {
 #[test]
 fn absent_rooms_are_refused_only_when_asked_for() {
     for line in [
-        "--run-router=true",
-        "--run-router",
         "--run-loadbalancer",
         "--advertise-cluster-ip=true",
         "--advertise-external-ip",
@@ -514,14 +514,133 @@ fn absent_rooms_are_refused_only_when_asked_for() {
     assert_eq!(
         config.notices,
         [
-            "not part of this version: routes and BGP; running the service proxy and network policy only",
-            "no effect, because routes and BGP is not part of this version: --bgp-graceful-restart --cluster-asn",
+            "routes and BGP are off unless --run-router=true; running the service proxy and network policy only",
+            "no effect, because routes and BGP is off unless --run-router=true: --bgp-graceful-restart --cluster-asn",
         ]
     );
     let idle = run("--run-service-proxy=false --run-router=false --run-firewall=false");
     assert_eq!((idle.proxy, idle.netpol), (None, None));
     let nft = run("--run-router=false --use-nftables-for-netpol");
     assert!(nft.notices[0].contains("has no effect"), "{nft:?}");
+}
+
+#[test]
+fn every_flag_of_bgp_arrives() {
+    use std::net::Ipv4Addr;
+
+    use ferroute_bgp::bfd::Timers;
+    use ferroute_bgp::message::{Asn, RouterId};
+    use ferroute_bgp::transport::Password;
+    use routes::settings::{Advertise, External, ExternalPeer, Restart, RouterIdChoice};
+
+    let routing = |line: &str| run(&format!("--run-router {line}")).routes.unwrap();
+    let plain = routing("");
+    let off =
+        Advertise { cluster_ips: false, external_ips: false, load_balancer_ips: false, pod_cidrs: true };
+    assert_eq!(plain.node_name, Arc::from("worker-1"));
+    assert_eq!((plain.advertise, plain.mesh, plain.port), (off, true, 179));
+    assert_eq!((plain.cluster_asn, plain.restart), (Some(Asn(64512)), None));
+    assert_eq!(
+        (plain.router_id, plain.audit_period),
+        (RouterIdChoice::NodeAddress, Duration::from_secs(300))
+    );
+    let nobody = External {
+        peers: Vec::new(),
+        passwords_file: None,
+        hold_time: 90,
+        multihop: None,
+        override_next_hop: false,
+    };
+    assert_eq!(plain.external, nobody);
+    assert_eq!(run("").routes, None);
+    assert_eq!(run("--run-router=false --advertise-cluster-ip").routes, None);
+
+    let all = routing(
+        "--advertise-cluster-ip --advertise-external-ip --advertise-loadbalancer-ip --advertise-pod-cidr=false \
+         --bgp-graceful-restart --bgp-graceful-restart-time=2m --bgp-graceful-restart-deferral-time=5s --bgp-port=1790 \
+         --bgp-holdtime=9s --cluster-asn=4200000000 --enable-ibgp=false --override-nexthop --router-id=192.0.2.77 \
+         --peer-router-ips=192.0.2.1,2001:db8::1 --peer-router-asns=65001,65002 --peer-router-ports=179,1179 \
+         --peer-router-passwords=,c2VjcmV0 --peer-router-passwords-file=/etc/secrets --peer-router-multihop-ttl=3 \
+         --routes-sync-period=1m",
+    );
+    let on = Advertise { cluster_ips: true, external_ips: true, load_balancer_ips: true, pod_cidrs: false };
+    assert_eq!((all.advertise, all.mesh, all.port), (on, false, 1790));
+    assert_eq!(all.restart, Some(Restart { time: 120, deferral: Duration::from_secs(5) }));
+    assert_eq!((all.cluster_asn, all.audit_period), (Some(Asn(4_200_000_000)), Duration::from_secs(60)));
+    assert_eq!(all.router_id, RouterIdChoice::Given(RouterId(Ipv4Addr::new(192, 0, 2, 77))));
+    let peer = |address: &str, asn, port, password: Option<&str>| ExternalPeer {
+        address: address.parse().unwrap(),
+        asn: Asn(asn),
+        port,
+        password: password.map(|text| Password::new(text.as_bytes()).unwrap()),
+        source: None,
+        bfd: None,
+    };
+    assert_eq!(
+        all.external,
+        External {
+            peers: vec![
+                peer("192.0.2.1", 65001, 179, None),
+                peer("2001:db8::1", 65002, 1179, Some("secret"))
+            ],
+            passwords_file: Some("/etc/secrets".into()),
+            hold_time: 9,
+            multihop: Some(3),
+            override_next_hop: true,
+        }
+    );
+    assert!(!format!("{all:?}").contains("secret\""), "a secret shows");
+    assert_eq!(routing("--nodes-full-mesh=false").cluster_asn, None);
+    assert_eq!(routing("--router-id=generate").router_id, RouterIdChoice::Generated);
+    assert_eq!(routing("--bgp-holdtime=65536s").external.hold_time, 65535);
+    assert_eq!(routing("--peer-router-multihop-ttl=1").external.multihop, None);
+    let config = run("--run-router --overlay-type=full --enable-cni=false --gobgp-admin-port=0");
+    assert_eq!(
+        config.notices,
+        [
+            "no effect, because learned routes, tunnels and the pod network are not part of this version: --enable-cni \
+             --overlay-type",
+            "no effect, because `ferroute bgp` takes the place of GoBGP's server: --gobgp-admin-port",
+        ]
+    );
+    assert_eq!(refused("--run-router --router-id=0.0.0.0").0, 1);
+
+    let peers = "--peer-router-ips=192.0.2.1 --peer-router-asns=65001 --enable-bfd";
+    let timers = |transmit, receive, times| {
+        Timers::new(Duration::from_millis(transmit), Duration::from_millis(receive), times).unwrap()
+    };
+    assert_eq!(routing(peers).external.peers[0].bfd, Some(timers(1000, 1000, 3)));
+    let fast =
+        "--bfd-desired-min-tx-interval=100 --bfd-required-min-rx-interval=50 --bfd-detection-multiplier=5";
+    assert_eq!(routing(&format!("{peers} {fast}")).external.peers[0].bfd, Some(timers(100, 50, 5)));
+    assert_eq!(routing("--enable-bfd").external.peers, []);
+    let (code, text) = refused(&format!("--run-router {peers} --bfd-port=3785"));
+    assert!(code == 1 && text.contains("port 3785"), "{text}");
+}
+
+#[test]
+fn questions_about_bgp_are_read() {
+    let asked = |line: &str| match parse_line(line) {
+        Ok(Command::Bgp { what, peer, output, .. }) => (what, peer, output),
+        other => panic!("{line}: {other:?}"),
+    };
+    assert_eq!(asked("bgp neighbors"), ("neighbors", None, Output::Text));
+    assert_eq!(asked("bgp routes -o json"), ("routes", None, Output::Json));
+    let peer = Some("fe80::1%eth0".to_owned());
+    assert_eq!(asked("bgp --output=json received fe80::1%eth0"), ("received", peer, Output::Json));
+    assert_eq!(asked("bgp advertised 192.0.2.1").0, "advertised");
+    for line in [
+        "bgp",
+        "bgp sessions",
+        "bgp routes 192.0.2.1",
+        "bgp advertised",
+        "bgp received router7",
+        "bgp neighbors 192.0.2.1",
+        "bgp routes --kubeconfig=/x",
+        "bgp a b c",
+    ] {
+        assert_eq!(refused(line).0, 2, "{line}");
+    }
 }
 
 #[test]

@@ -28,6 +28,27 @@ pub struct Mirror {
     pub routes: BTreeMap<RouteKey, Route>,
 }
 
+impl Mirror {
+    /// Whether packets to a VIP are delivered here: by a route of its own, or by that of its range.
+    pub fn binds(&self, vip: IpAddr, facts: &Facts) -> bool {
+        let bound = |network: IpNet| {
+            self.routes.range(route_keys(network)).any(|(key, _)| key.destination == network.trunc())
+        };
+        let mut ranges = facts.bound_ranges.iter().filter(|range| range.contains(&vip));
+        bound(IpNet::from(vip)) || ranges.any(|range| bound(*range))
+    }
+}
+
+/// All keys of routes to one network.
+fn route_keys(destination: IpNet) -> std::ops::RangeInclusive<RouteKey> {
+    let destination = destination.trunc();
+    RouteKey { destination, table: 0, metric: 0 }..=RouteKey {
+        destination,
+        table: u32::MAX,
+        metric: u32::MAX,
+    }
+}
+
 /// Which keys to compare.
 pub enum Scope<'a> {
     /// Every key on either side.
@@ -249,6 +270,23 @@ mod tests {
     use crate::cluster::service::{Service, ServiceType, TrafficPolicy};
     use crate::proxy::desired::{Slices, desired};
     use crate::proxy::fixture;
+
+    #[test]
+    fn a_vip_is_bound_by_itself_or_by_its_range() {
+        let facts = fixture::facts();
+        let mut mirror = Mirror::default();
+        let [in_range, alone]: [IpAddr; 2] = [[10, 96, 0, 10].into(), [203, 0, 113, 5].into()];
+        let bind = |mirror: &mut Mirror, network: IpNet| {
+            let route = Route::local(network, 7, None);
+            mirror.routes.insert(route.key, route);
+        };
+        assert!(!mirror.binds(in_range, &facts) && !mirror.binds(alone, &facts));
+        bind(&mut mirror, alone.into());
+        assert!(mirror.binds(alone, &facts) && !mirror.binds(in_range, &facts));
+        bind(&mut mirror, facts.bound_ranges[0]);
+        assert!(mirror.binds(in_range, &facts));
+        assert!(!mirror.binds([203, 0, 113, 6].into(), &facts));
+    }
 
     /// One random state of one of a few Services that compete for a few addresses.
     #[derive(Clone, Debug)]

@@ -6,6 +6,7 @@
 //! - [`hold`]: leftovers that may belong to objects that cannot be read. Pure.
 //! - [`drain`]: graceful removal, time passed in. Pure.
 //! - [`rules`], [`sets`], [`marks`]: the constant chains, the sets they name, the marks. Pure.
+//! - [`Programmed`]: the VIPs that are in the kernel, for whoever attracts traffic to them.
 //! - `room`: the thread that wakes, compares and applies through `kernel`.
 
 pub mod desired;
@@ -22,6 +23,7 @@ pub mod ledger;
 pub mod marks;
 pub mod metrics;
 pub mod mirror;
+mod programmed;
 mod removal;
 mod room;
 pub mod rules;
@@ -34,6 +36,7 @@ pub mod work;
 use std::collections::BTreeSet;
 
 pub use error::Error;
+pub use programmed::Programmed;
 pub use removal::cleanup;
 pub use room::Room;
 pub use settings::Settings;

@@ -20,6 +20,7 @@ use super::hold::{Causes, Hold};
 use super::kernel::Kernel;
 use super::ledger::{Ledger, Touched};
 use super::mirror::{self, Changes, Mirror, Scope};
+use super::programmed::State;
 use super::settings::Settings;
 use super::status::Status;
 use super::view::{Request, Shared, View};
@@ -58,6 +59,8 @@ pub struct Room {
     missing_schedulers: BTreeSet<Box<str>>,
     health_servers: HealthServers,
     health: BTreeMap<ServiceKey, (u16, usize)>,
+    /// Virtual servers that may not be in the kernel as wanted: a change of them was refused or failed.
+    undone: HashSet<ipvs::VirtualServerKey>,
     /// Services of which something was refused by the kernel, until the next clean pass.
     troubled: BTreeSet<ServiceKey>,
     /// The facts could not be gathered when they changed; tried again on every turn.
@@ -104,6 +107,7 @@ impl Room {
             missing_schedulers: BTreeSet::new(),
             health_servers: HealthServers::new(runtime),
             health: BTreeMap::new(),
+            undone: HashSet::new(),
             troubled: BTreeSet::new(),
             stale_facts: false,
             pending: Dirty::default(),
@@ -199,6 +203,7 @@ impl Room {
             clean &= self.sync_rules(!self.rules_checked);
             // What failed is compared again soon; it does not keep the rest from being adopted.
             self.adopted = true;
+            self.shared.programmed.complete();
         } else if let Some(audit) = self.schedule.take_due(started) {
             worked = true;
             clean &= self.audit(audit);
@@ -394,18 +399,60 @@ impl Room {
     /// Compares and applies. Returns whether everything asked for is now in the kernel.
     fn pass(&mut self, scope: &Scope<'_>) -> bool {
         let changes = self.compare(scope);
-        changes.is_empty() || self.apply(changes)
+        let clean = if changes.is_empty() { self.found(&changes) } else { self.apply(changes) };
+        self.note_programmed(scope);
+        clean
+    }
+
+    /// Nothing differs, as far as was compared.
+    fn found(&mut self, changes: &Changes) -> bool {
+        if !self.undone.is_empty() {
+            self.undone.retain(|key| !changes.wanted.contains_key(key));
+        }
+        true
+    }
+
+    /// Tells which VIPs are served now.
+    fn note_programmed(&self, scope: &Scope<'_>) {
+        let vips: Vec<IpAddr> = match scope {
+            Scope::Touched(touched) if !touched.routes => touched.vips.iter().copied().collect(),
+            _ => self.ledger.vips().chain(self.shared.programmed.all()).collect(),
+        };
+        let undone: HashSet<IpAddr> = self
+            .undone
+            .iter()
+            .filter_map(|key| match key {
+                ipvs::VirtualServerKey::Address { address, .. } => Some(*address),
+                ipvs::VirtualServerKey::Mark { .. } => None,
+            })
+            .collect();
+        let state = |vip: IpAddr| {
+            if !self.ledger.has_vip(vip) {
+                State::Gone
+            } else if undone.contains(&vip) || !self.mirror.binds(vip, &self.facts) {
+                State::Undone
+            } else {
+                State::Ready
+            }
+        };
+        self.shared.programmed.note(vips.into_iter().map(|vip| (vip, state(vip))));
     }
 
     /// A pass over everything after the kernel was read back: what differs was not our doing.
     fn repair(&mut self) -> bool {
         let changes = self.compare(&Scope::All);
-        if changes.is_empty() {
-            return true;
-        }
-        self.shared.drifted(changes.len());
-        tracing::warn!(changes = changes.len(), "kernel state differed from what was programmed, repairing");
-        self.apply(changes)
+        let clean = if changes.is_empty() {
+            self.found(&changes)
+        } else {
+            self.shared.drifted(changes.len());
+            tracing::warn!(
+                changes = changes.len(),
+                "kernel state differed from what was programmed, repairing"
+            );
+            self.apply(changes)
+        };
+        self.note_programmed(&Scope::All);
+        clean
     }
 
     fn compare(&mut self, scope: &Scope<'_>) -> Changes {
@@ -450,8 +497,10 @@ impl Room {
             for (key, wanted) in changes.wanted {
                 if refused.contains(&key) {
                     // Half done perhaps; the retry reads it back.
+                    self.undone.insert(key);
                     continue;
                 }
+                self.undone.remove(&key);
                 match wanted {
                     Some(server) => self.mirror.servers.insert(key, server),
                     None => self.mirror.servers.remove(&key),
@@ -460,6 +509,8 @@ impl Room {
             if !udp.removed.is_empty() || !udp.appeared.is_empty() {
                 clean &= self.expire_udp(&udp);
             }
+        } else {
+            self.undone.extend(changes.wanted.keys());
         }
         clean
     }

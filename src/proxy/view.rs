@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::kernel::ServiceStatistics;
 use super::metrics::{Numbers, lock};
+use super::programmed::Programmed;
 use super::status::Status;
 use super::work::Work;
 use crate::cluster::{Dirty, Waker};
@@ -27,6 +28,7 @@ pub(super) struct Shared {
     stopping: AtomicBool,
     health: Mutex<Passes>,
     pub(super) numbers: Numbers,
+    pub(super) programmed: Arc<Programmed>,
 }
 
 impl Shared {
@@ -102,6 +104,7 @@ impl View {
             stopping: AtomicBool::new(false),
             health: Mutex::new(Passes::new(now)),
             numbers: Numbers::default(),
+            programmed: Arc::default(),
         });
         let (requests, receiver) = channel();
         (Self { shared: shared.clone(), requests, waker }, shared, receiver)
@@ -116,6 +119,11 @@ impl View {
     /// State of the room.
     pub fn health(&self) -> Passes {
         lock(&self.shared.health).clone()
+    }
+
+    /// The VIPs that are in the kernel.
+    pub fn programmed(&self) -> Arc<Programmed> {
+        self.shared.programmed.clone()
     }
 
     /// What the room cost the kernel so far.

@@ -187,6 +187,11 @@ impl Announcements {
         self.announced.clear();
     }
 
+    /// Something outside changed for all addresses of Services.
+    pub fn touch_wanted(&mut self) {
+        self.touched.extend(self.wanted.keys().map(|address| IpNet::from(*address)));
+    }
+
     /// What has to be announced and withdrawn now; counts as done. `ready` says whether packets to an
     /// address of a Service would be served.
     pub fn difference(&mut self, ready: impl Fn(IpAddr) -> bool) -> Difference {
@@ -223,14 +228,9 @@ impl Announcements {
         self.announced.iter().map(|(prefix, tag)| (*prefix, *tag))
     }
 
-    /// Addresses that are wanted and not announced.
-    pub fn waiting(&self) -> impl Iterator<Item = IpAddr> {
-        self.wanted.keys().copied().filter(|address| !self.announced.contains_key(&IpNet::from(*address)))
-    }
-
-    /// Services that want anything.
-    pub fn services(&self) -> impl Iterator<Item = &ServiceKey> {
-        self.by_service.keys()
+    /// How many addresses are wanted and not announced.
+    pub fn waiting(&self) -> usize {
+        (self.wanted.len() + self.pods.len()).saturating_sub(self.announced.len())
     }
 }
 

@@ -1,9 +1,11 @@
 //! External peers as annotations of a Node name them. Pure; no message holds a secret.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use ferroute_bgp::bfd::Timers;
 use ferroute_bgp::message::Asn;
 use ferroute_bgp::peer::PORT;
 use ferroute_bgp::transport::Password;
@@ -25,6 +27,13 @@ pub const PORTS: &str = "kube-router.io/peer.ports";
 pub const PASSWORDS: &str = "kube-router.io/peer.passwords";
 /// Local addresses for `peer.ips`.
 pub const LOCAL_IPS: &str = "kube-router.io/peer.localips";
+
+/// Milliseconds between BFD packets unless said otherwise.
+const BFD_INTERVAL: u64 = 1000;
+/// BFD packets that may be missed unless said otherwise.
+const BFD_MULTIPLIER: u64 = 3;
+/// The port of BFD over one hop (RFC 5881 section 4).
+const BFD_PORT: u64 = 3784;
 
 /// The peers that a Node's annotations name. What cannot be read keeps its `last` good state: a
 /// single peer the one with its address, an unreadable list all of it.
@@ -109,19 +118,7 @@ impl Reading<'_> {
                 .ok_or_else(|| "write remoteip: and remoteasn:".to_owned())
                 .and_then(entry_of)
             {
-                Ok((peer, bfd)) => {
-                    if bfd {
-                        self.problems.push(Problem {
-                            reason: "BfdMissing",
-                            message: format!(
-                                "annotation {PEERS} of Node {}: bfd of peer {} has no effect: BFD is not part of this \
-                                 version",
-                                self.node.name, peer.address
-                            ),
-                        });
-                    }
-                    self.peers.push(peer);
-                }
+                Ok(peer) => self.peers.push(peer),
                 Err(why) => self.keep(PEERS, index, known, &why),
             }
         }
@@ -178,6 +175,7 @@ impl Reading<'_> {
                     password: password(&item(&passwords, index))
                         .map_err(|why| (PASSWORDS, format!("its password {why}")))?,
                     source: source(&item(&sources, index), address).map_err(column(LOCAL_IPS))?,
+                    bfd: None,
                 })
             });
             match peer {
@@ -188,8 +186,8 @@ impl Reading<'_> {
     }
 }
 
-/// One entry of the YAML list, and whether it asks for BFD.
-fn entry_of(entry: &Map<String, Value>) -> Result<(ExternalPeer, bool), String> {
+/// One entry of the YAML list.
+fn entry_of(entry: &Map<String, Value>) -> Result<ExternalPeer, String> {
     // Numbers are often written where texts are meant, and the other way round.
     let text = |name: &str| match entry.get(name) {
         None | Some(Value::Null) => Ok(String::new()),
@@ -198,15 +196,56 @@ fn entry_of(entry: &Map<String, Value>) -> Result<(ExternalPeer, bool), String> 
         Some(_) => Err(format!("{name} is no text; put it in quotes")),
     };
     let address = address(&text("remoteip")?)?;
-    let peer = ExternalPeer {
+    Ok(ExternalPeer {
         address,
         asn: remote_asn(&text("remoteasn")?)?,
         port: port(&text("port")?)?,
         password: password(&text("password")?).map_err(|why| format!("password {why}"))?,
         source: source(&text("localip")?, address)?,
+        bfd: match entry.get("bfd") {
+            None | Some(Value::Null) => None,
+            Some(bfd) => bfd_of(bfd).map_err(|why| format!("bfd: {why}"))?,
+        },
+    })
+}
+
+/// The map `bfd`: what is left out is the default of the flags, not their value.
+fn bfd_of(bfd: &Value) -> Result<Option<Timers>, String> {
+    let map = bfd.as_object().ok_or("write enabled: true")?;
+    match map.get("enabled") {
+        Some(Value::Bool(true)) => {}
+        None | Some(Value::Null | Value::Bool(false)) => return Ok(None),
+        Some(_) => return Err("enabled is true or false".to_owned()),
+    }
+    let number = |name: &str, default: u64| match map.get(name) {
+        None | Some(Value::Null) => Ok(default),
+        Some(value) => value.as_u64().ok_or_else(|| format!("{name} is no number")),
     };
-    let bfd = entry.get("bfd").and_then(|bfd| bfd.get("enabled")).and_then(Value::as_bool).unwrap_or(false);
-    Ok((peer, bfd))
+    timers(
+        number("desired_min_tx_interval", BFD_INTERVAL)?,
+        number("required_min_rx_interval", BFD_INTERVAL)?,
+        number("detection_multiplier", BFD_MULTIPLIER)?,
+        number("port", BFD_PORT)?,
+    )
+    .map(Some)
+}
+
+/// Timers of BFD: two intervals in milliseconds, the packets that may be missed, and the port, which
+/// must be that of RFC 5881.
+///
+/// # Errors
+///
+/// What is wrong with them.
+pub fn timers(transmit: u64, receive: u64, multiplier: u64, port: u64) -> Result<Timers, String> {
+    if port != BFD_PORT {
+        return Err(format!(
+            "port {port}: BFD is spoken on {BFD_PORT} (RFC 5881), and 4784 over several hops"
+        ));
+    }
+    let multiplier =
+        u8::try_from(multiplier).map_err(|_| format!("detection multiplier {multiplier} is above 255"))?;
+    Timers::new(Duration::from_millis(transmit), Duration::from_millis(receive), multiplier)
+        .map_err(|error| error.to_string())
 }
 
 fn address(text: &str) -> Result<IpAddr, String> {

@@ -57,5 +57,5 @@ pub(crate) fn address(text: &str) -> IpAddr {
 }
 
 pub(crate) fn external(text: &str, asn: u32) -> ExternalPeer {
-    ExternalPeer { address: address(text), asn: Asn(asn), port: 179, password: None, source: None }
+    ExternalPeer { address: address(text), asn: Asn(asn), port: 179, password: None, source: None, bfd: None }
 }

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ferroute_bgp::peer::{PeerConfig, PeerKey};
+use ferroute_bgp::bfd::Hops;
+use ferroute_bgp::peer::{PeerBfd, PeerConfig, PeerKey};
 use ferroute_bgp::session::PeerAsn;
 use ferroute_bgp::transport::{Password, Reach};
 
@@ -171,6 +172,15 @@ fn external_peer(
     config.reach = settings.external.multihop.map(Reach::Hops);
     config.hold_time = settings.external.hold_time;
     config.families = identity.families();
+    config.bfd = peer.bfd.map(|timers| PeerBfd {
+        timers,
+        hops: settings
+            .external
+            .multihop
+            .map_or(Hops::Single, |hops| Hops::Multi { minimum_ttl: u8::MAX - hops + 1 }),
+        passive: false,
+        graceful: false,
+    });
     config.routes.import = Some(policies.external_import.clone());
     config.routes.export = Some(policies.external_export.clone());
     config

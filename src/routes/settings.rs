@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ferroute_bgp::bfd::Timers;
 use ferroute_bgp::message::{Asn, RouterId};
 use ferroute_bgp::transport::Password;
 
@@ -100,6 +101,8 @@ pub struct ExternalPeer {
     pub password: Option<Password>,
     /// Address of this node to speak from, where it is not the usual.
     pub source: Option<IpAddr>,
+    /// Timers of BFD, where it is on.
+    pub bfd: Option<Timers>,
 }
 
 /// Whether no peer can have this AS number (kube-router's list: 0, 23456, 64000-64511, 65535-131071 and

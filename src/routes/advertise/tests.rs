@@ -178,10 +178,10 @@ fn nothing_is_said_before_the_proxy_is_ready() {
     all.put(&key("a"), [claim("203.0.113.5", Tag::LoadBalancerIp)].into());
     let first = all.difference(|_| false);
     assert_eq!(first.advertise, [("10.244.1.0/24".parse().unwrap(), Tag::PodCidr)], "pods need no proxy");
-    assert_eq!(all.waiting().collect::<Vec<_>>(), [fixture::address("203.0.113.5")]);
+    assert_eq!(all.waiting(), 1);
     all.touch([fixture::address("203.0.113.5")]);
     assert_eq!(all.difference(|_| true).advertise.len(), 1);
-    assert_eq!(all.waiting().count(), 0);
+    assert_eq!(all.waiting(), 0);
     all.touch([fixture::address("203.0.113.5")]);
     assert_eq!(all.difference(|_| false).withdraw.len(), 1, "and no longer when it is not");
     // A new speaker is told all.

@@ -6,7 +6,8 @@ fn read(annotations: &[(&str, &str)], last: &[ExternalPeer]) -> (Vec<String>, Ve
     let peers = peers.iter().map(|peer| {
         let password = if peer.password.is_some() { " signed" } else { "" };
         let source = peer.source.map_or(String::new(), |source| format!(" from {source}"));
-        format!("{}:{} AS{}{password}{source}", peer.address, peer.port, peer.asn)
+        let bfd = if peer.bfd.is_some() { " bfd" } else { "" };
+        format!("{}:{} AS{}{password}{source}{bfd}", peer.address, peer.port, peer.asn)
     });
     (peers.collect(), problems.into_iter().map(|problem| problem.message).collect())
 }
@@ -36,6 +37,25 @@ fn the_yaml_list_is_read() {
 }
 
 #[test]
+fn bfd_is_asked_for_by_peer() {
+    let of = |bfd: &str| {
+        let list = format!("- {{remoteip: 192.0.2.1, remoteasn: 65001, bfd: {bfd}}}");
+        let (peers, problems) = annotated(&fixture::node(1, &[("peers", &list)]), &[]);
+        assert_eq!(problems, [], "{bfd}");
+        peers[0].bfd
+    };
+    assert_eq!(of("~"), None);
+    assert_eq!(of("{enabled: false, port: 1}"), None);
+    assert_eq!(of("{detection_multiplier: 5}"), None);
+    assert_eq!(of("{enabled: true}"), Some(timers(1000, 1000, 3, 3784).unwrap()));
+    assert_eq!(
+        of("{enabled: true, port: 3784, detection_multiplier: 5, desired_min_tx_interval: 100, \
+            required_min_rx_interval: 200}"),
+        Some(timers(100, 200, 5, 3784).unwrap())
+    );
+}
+
+#[test]
 fn one_bad_peer_does_not_take_the_others_along() {
     let good = "\n- {remoteip: 192.0.2.9, remoteasn: 65009}";
     for (entry, words) in [
@@ -49,6 +69,17 @@ fn one_bad_peer_does_not_take_the_others_along() {
         ("{remoteip: 192.0.2.1, remoteasn: 65001, password: 'sec ret'}", "password is not base64"),
         ("{remoteip: 192.0.2.1, remoteasn: 65001, password: 12345}", "password is no text; put it in quotes"),
         ("{remoteip: 192.0.2.1, remoteasn: 65001, localip: '::1'}", "::1 is not of the peer's family"),
+        ("{remoteip: 192.0.2.1, remoteasn: 65001, bfd: true}", "bfd: write enabled: true"),
+        ("{remoteip: 192.0.2.1, remoteasn: 65001, bfd: {enabled: 7}}", "bfd: enabled is true or false"),
+        ("{remoteip: 192.0.2.1, remoteasn: 65001, bfd: {enabled: true, port: 3785}}", "bfd: port 3785"),
+        (
+            "{remoteip: 192.0.2.1, remoteasn: 65001, bfd: {enabled: true, detection_multiplier: 256}}",
+            "multiplier 256 is above 255",
+        ),
+        (
+            "{remoteip: 192.0.2.1, remoteasn: 65001, bfd: {enabled: true, desired_min_tx_interval: 0}}",
+            "BFD transmit interval 0ns",
+        ),
         ("17", "write remoteip: and remoteasn:"),
     ] {
         let (peers, problems) = read(&[("peers", &format!("- {entry}{good}"))], &[]);

@@ -1,0 +1,364 @@
+//! BGP between nodes that really run ferroute, and with a BIRD at the router: who peers with whom, what
+//! each is told, what becomes of it when objects change, fail or restart.
+//!
+//! Run it through `scripts/lab`; elsewhere it fails and says what the kernel lacks.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod lab;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use ferroute_kit::assert::{eventually, eventually_equal, throughout};
+use ferroute_kit::{Cluster, Netns, serial};
+use lab::*;
+use serde_json::{Value, json};
+
+const ROUTER: &[&str] = &["--run-router=true", "--peer-router-ips=10.10.0.1", "--peer-router-asns=65000"];
+/// Everything is running after this, also while other labs share the machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// A session takes this long at most.
+const SESSION: Duration = Duration::from_secs(60);
+
+/// A BIRD 2 at the cluster's router, AS 65000, with a session for each node. It touches no kernel route.
+struct Bird {
+    process: Child,
+    directory: PathBuf,
+    netns: Netns,
+}
+
+impl Bird {
+    fn start(cluster: &Cluster) -> Self {
+        let directory = std::env::temp_dir().join(format!("ferroute-lab-routes-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let mut config = "router id 10.10.0.1; graceful restart wait 3;
+             protocol device { }
+             protocol static { ipv4; route 198.51.100.0/24 blackhole; route 0.0.0.0/0 blackhole; }\n"
+            .to_owned();
+        for node in &cluster.nodes {
+            config += &format!(
+                "protocol bgp {name} {{
+                   local 10.10.0.1 as 65000; neighbor {address} as 64512;
+                   connect delay time 1; connect retry time 1; error wait time 1, 2; graceful restart on;
+                   ipv4 {{ import all; export where source = RTS_STATIC; next hop self; }};
+                   ipv6 {{ import all; export none; }};
+                 }}\n",
+                name = node.name,
+                address = node.ips[0],
+            );
+        }
+        fs::write(directory.join("bird.conf"), config).unwrap();
+        let mut command = Command::new("bird");
+        command.current_dir(&directory).args(["-f", "-c", "bird.conf", "-s", "bird.ctl", "-P", "bird.pid"]);
+        command.stdout(Stdio::null()).stderr(Stdio::inherit());
+        let process =
+            cluster.router.run(|| command.spawn()).expect("these tests need BIRD 2 (Debian: bird2)");
+        let bird = Self { process, directory, netns: cluster.router.clone() };
+        eventually("BIRD", SOON, || bird.ask("show status").map(|_| ()));
+        bird
+    }
+
+    fn ask(&self, question: &str) -> Result<String, String> {
+        let socket = self.directory.join("bird.ctl");
+        let mut words = vec!["-s", socket.to_str().unwrap()];
+        words.extend(question.split(' '));
+        self.netns.exec("birdc", &words).map_err(|error| error.to_string())
+    }
+
+    /// The prefixes that a node sent.
+    fn routes(&self, node: &str) -> BTreeSet<String> {
+        let answer = self.ask(&format!("show route protocol {node}")).unwrap_or_default();
+        let words = answer.lines().filter_map(|line| line.split_whitespace().next());
+        words.filter(|word| word.contains('/')).map(str::to_owned).collect()
+    }
+
+    /// Waits until a node has sent exactly these.
+    fn learns(&self, node: &str, wanted: &[&str]) {
+        let wanted: BTreeSet<String> = wanted.iter().map(|prefix| (*prefix).to_owned()).collect();
+        eventually_equal(&format!("routes of {node} in BIRD"), SESSION, &wanted, || self.routes(node));
+    }
+}
+
+impl Drop for Bird {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn bgp(lab: &Lab, number: usize, words: &[&str]) -> Value {
+    let socket = format!("--admin-socket={}", lab.admin_socket(lab.node(number)));
+    let mut all = vec!["bgp"];
+    all.extend(words);
+    all.extend(["--output=json", &socket]);
+    serde_json::from_str(&lab.node(number).exec(PROGRAM, &all).unwrap()).unwrap()
+}
+
+/// `address state flaps` of each neighbor of a node.
+fn sessions(lab: &Lab, number: usize) -> Vec<String> {
+    let status = bgp(lab, number, &["neighbors"]);
+    let rows = status["neighbors"].as_array().unwrap().iter();
+    rows.map(|row| {
+        format!("{} {} {}", row["address"].as_str().unwrap(), row["state"].as_str().unwrap(), row["flaps"])
+    })
+    .collect()
+}
+
+fn wait_sessions(lab: &Lab, number: usize, wanted: &[&str]) {
+    let wanted: Vec<String> = wanted.iter().map(|row| (*row).to_owned()).collect();
+    eventually_equal(&format!("sessions of node {number}"), SESSION, &wanted, || sessions(lab, number));
+}
+
+/// `prefix via next hop: verdict` of a list of routes.
+fn rows(list: &Value) -> BTreeSet<String> {
+    let text = |row: &Value, field: &str| row[field].as_str().unwrap().to_owned();
+    let list = list.as_array().unwrap().iter();
+    list.map(|row| format!("{} via {}: {}", text(row, "prefix"), text(row, "nextHop"), text(row, "verdict")))
+        .collect()
+}
+
+fn wait_row(lab: &Lab, number: usize, words: &[&str], wanted: &str) {
+    eventually(&format!("{words:?} on node {number}"), SESSION, || {
+        let rows = rows(&bgp(lab, number, words));
+        if rows.contains(wanted) { Ok(()) } else { Err(format!("no {wanted:?} in {rows:#?}")) }
+    });
+}
+
+fn annotate(lab: &Lab, node: &str, name: &str, text: Option<&str>) {
+    let patch = json!({"metadata": {"annotations": {(format!("kube-router.io/{name}")): text}}});
+    lab.server.patch("nodes", "", node, patch).unwrap();
+}
+
+#[test]
+fn nodes_learn_pods_and_the_router_learns_services() {
+    let _serial = serial();
+    let mut lab = Lab::without_daemons(Cluster::builder().nodes(3).pods_per_node(1));
+    let bird = Bird::start(&lab.cluster);
+    let pods: Vec<Endpoint> = lab.cluster.pods.iter().map(Endpoint::of).collect();
+    let external = |ips: &[&str], policy: &str| json!({"externalIPs": ips, "externalTrafficPolicy": policy});
+    lab.put_service(&service("everywhere", 10, external(&["203.0.113.10", "2001:db8:7::10"], "Cluster")));
+    lab.put_slices("everywhere", &pods[..1]);
+    lab.put_service(&service("here", 11, external(&["203.0.113.11"], "Local")));
+    lab.put_slices("here", &pods[1..2]);
+    lab.put_service(&service("nowhere", 12, external(&["203.0.113.12"], "Cluster")));
+    lab.put_service(&service("refused", 13, external(&["192.0.2.13"], "Cluster")));
+    lab.put_slices("refused", &pods[..1]);
+    let mut off = service("off", 14, external(&["203.0.113.14"], "Cluster"));
+    off["metadata"]["annotations"] = json!({"kube-router.io/service.advertise.externalip": "false"});
+    lab.put_service(&off);
+    lab.put_slices("off", &pods[..1]);
+    let ranges = "--service-external-ip-range=203.0.113.0/24,2001:db8:7::/64";
+    let flags: Vec<&str> = ROUTER.iter().copied().chain([ranges, "--advertise-external-ip"]).collect();
+    lab.start_daemons_within(PATIENCE, &flags);
+
+    wait_sessions(
+        &lab,
+        1,
+        &["10.10.0.1 Established 0", "10.10.0.12 Established 0", "10.10.0.13 Established 0"],
+    );
+    // Every node knows the way to the pods of every other, in both families.
+    for (node, other) in [(1, 2), (1, 3), (2, 1), (2, 3), (3, 1), (3, 2)] {
+        for row in [
+            format!("10.244.{other}.0/24 via 10.10.0.1{other}: best"),
+            format!("fd00:244:{other}::/64 via fd00:10:10::1{other}: best"),
+        ] {
+            wait_row(&lab, node, &["routes"], &row);
+        }
+    }
+    // The router knows all pods, and Services where somebody answers.
+    let everywhere = ["203.0.113.10/32", "2001:db8:7::10/128"];
+    bird.learns("n1", &["10.244.1.0/24", "fd00:244:1::/64", everywhere[0], everywhere[1]]);
+    bird.learns("n2", &["10.244.2.0/24", "fd00:244:2::/64", everywhere[0], everywhere[1], "203.0.113.11/32"]);
+    bird.learns("n3", &["10.244.3.0/24", "fd00:244:3::/64", everywhere[0], everywhere[1]]);
+    // Nodes are not told Services, and not what the router said.
+    let told = rows(&bgp(&lab, 1, &["advertised", "10.10.0.12"]));
+    assert!(told.contains("10.244.1.0/24 via 10.10.0.11: advertised"), "{told:#?}");
+    assert!(told.contains("203.0.113.10/32 via 10.10.0.11: not advertised: export policy"), "{told:#?}");
+    assert!(
+        told.iter().any(|row| row.starts_with("198.51.100.0/24") && row.contains("not advertised")),
+        "{told:#?}"
+    );
+    // The router's routes are taken, a default route is not.
+    wait_row(&lab, 1, &["received", "10.10.0.1"], "198.51.100.0/24 via 10.10.0.1: best");
+    let received = rows(&bgp(&lab, 1, &["received", "10.10.0.1"]));
+    assert!(
+        received.iter().any(|row| row.starts_with("0.0.0.0/0 ") && row.contains("\"default-route\"")),
+        "{received:#?}"
+    );
+
+    // Endpoints come and go, ready or not.
+    let mut unready = pods[1].clone();
+    unready.conditions = json!({"ready": false, "serving": false, "terminating": false});
+    lab.put_slices("here", &[unready]);
+    bird.learns("n2", &["10.244.2.0/24", "fd00:244:2::/64", everywhere[0], everywhere[1]]);
+    lab.put_slices("here", &pods[2..]);
+    bird.learns("n3", &["10.244.3.0/24", "fd00:244:3::/64", everywhere[0], everywhere[1], "203.0.113.11/32"]);
+    lab.remove_service("here");
+    bird.learns("n3", &["10.244.3.0/24", "fd00:244:3::/64", everywhere[0], everywhere[1]]);
+    lab.put_slices("nowhere", &pods[..1]);
+    bird.learns("n3", &["10.244.3.0/24", "fd00:244:3::/64", everywhere[0], everywhere[1], "203.0.113.12/32"]);
+
+    // A node that is excluded keeps its pods only; another that goes says so, and then takes back its own.
+    let label = "node.kubernetes.io/exclude-from-external-load-balancers";
+    lab.server.patch("nodes", "", "n1", json!({"metadata": {"labels": {(label): "true"}}})).unwrap();
+    bird.learns("n1", &["10.244.1.0/24", "fd00:244:1::/64"]);
+    let taint = json!([{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]);
+    lab.server.patch("nodes", "", "n3", json!({"spec": {"taints": taint}})).unwrap();
+    eventually("graceful shutdown", SOON, || {
+        let route = bird.ask("show route 203.0.113.10/32 protocol n3 all")?;
+        if route.contains("(65535,0)") { Ok(()) } else { Err(route) }
+    });
+    bird.learns("n3", &["10.244.3.0/24", "fd00:244:3::/64"]);
+
+    // What people and machines are told.
+    let socket = format!("--admin-socket={}", lab.admin_socket(lab.node(1)));
+    let text = lab.node(1).exec(PROGRAM, &["bgp", "neighbors", &socket]).unwrap();
+    assert!(text.contains("BGP: AS 64512, router id 10.10.0.11"), "{text}");
+    assert!(text.contains("node n2") && text.contains("external peer"), "{text}");
+    assert!(lab.node(1).exec(PROGRAM, &["status", &socket]).unwrap().contains("BGP: AS 64512"));
+    let info = "kube_router_bgp_peer_info{address=\"10.10.0.1\",type=\"external\",asn=\"65000\",state=\"established\"}";
+    assert_eq!(lab.metric(1, info), 1.0);
+    assert_eq!(lab.metric(1, "ferroute_bgp_session_up{address=\"10.10.0.12\"}"), 1.0);
+    let refused = lab.node(1).exec(PROGRAM, &["bgp", "received", "192.0.2.99", &socket]).unwrap_err();
+    assert!(refused.to_string().contains("no BGP peer 192.0.2.99"), "{refused}");
+
+    // An orderly stop takes everything back at once; sessions of the others stay.
+    lab.daemons[1].terminate(SOON).unwrap();
+    bird.learns("n2", &[]);
+    assert!(sessions(&lab, 1).contains(&"10.10.0.13 Established 0".to_owned()), "{:?}", sessions(&lab, 1));
+}
+
+#[test]
+fn what_is_wrong_is_told_and_touches_nobody_else() {
+    let _serial = serial();
+    let mut lab = Lab::without_daemons(Cluster::builder().nodes(2).pods_per_node(1));
+    let bird = Bird::start(&lab.cluster);
+    // On node 2 another speaker has the port.
+    let address = (lab.node(2).ips[0], 179);
+    let holder = lab.node(2).netns.run(|| TcpListener::bind(address)).unwrap();
+    let peers = "[{remoteip: 10.10.0.1, remoteasn: 65000}, {remoteip: 192.0.2.9, remoteasn: 0}, \
+                  {remoteip: 10.10.0.11, remoteasn: 65000}, {remoteip: 10.10.0.1, remoteasn: 65001}]";
+    annotate(&lab, "n1", "peers", Some(peers));
+    lab.start_daemons_within(PATIENCE, &["--run-router=true"]);
+    let both = ["10.10.0.1 Established 0", "10.10.0.12 Established 0"];
+    wait_sessions(&lab, 1, &both);
+    wait_sessions(&lab, 2, &["10.10.0.11 Established 0"]);
+    for (reason, words) in [
+        (
+            "InvalidPeer",
+            "annotation kube-router.io/peers of Node n1: peer 2 (192.0.2.9) is left out: AS 0 is reserved",
+        ),
+        ("PeerIsItself", "10.10.0.11 is its own address"),
+        ("DuplicatePeer", "another peer has the address 10.10.0.1"),
+    ] {
+        let text = lab.wait_event("n1", reason);
+        assert!(text.contains(words), "{reason}: {text}");
+    }
+    let text = lab.wait_event("n2", "BgpPortTaken");
+    assert!(text.contains("10.10.0.12:179") && text.contains("choose another --bgp-port"), "{text}");
+    drop(holder);
+    eventually("the port is taken when it is free", SOON, || {
+        let listeners = bgp(&lab, 2, &["neighbors"])["listeners"].clone();
+        let free = listeners.as_array().unwrap().iter().all(|one| one["error"].is_null());
+        if free { Ok(()) } else { Err(listeners.to_string()) }
+    });
+
+    // A community reaches the peer without a new session.
+    annotate(&lab, "n1", "node.bgp.communities", Some("65001:77,nonsense"));
+    eventually("a community", SOON, || {
+        let route = bird.ask("show route 10.244.1.0/24 protocol n1 all")?;
+        if route.contains("(65001,77)") { Ok(()) } else { Err(route) }
+    });
+    assert!(lab.wait_event("n1", "InvalidAnnotation").contains("\"nonsense\""));
+    assert_eq!(sessions(&lab, 1), both);
+
+    // A wrong password ends one session and no other; the words say what to look at.
+    annotate(&lab, "n1", "peers", Some("[{remoteip: 10.10.0.1, remoteasn: 65000, password: c2VjcmV0}]"));
+    let text = lab.wait_event("n1", "BgpSessionDown");
+    println!("{text}");
+    assert!(text.contains("10.10.0.1 (external peer)"), "{text}");
+    eventually("the password is suspected", SESSION, || {
+        let status = bgp(&lab, 1, &["neighbors"]);
+        let text = status["neighbors"][0]["lastError"]["text"].to_string();
+        if text.contains("password") { Ok(()) } else { Err(text) }
+    });
+    assert!(sessions(&lab, 1).contains(&both[1].to_owned()), "{:?}", sessions(&lab, 1));
+    // A wrong AS.
+    annotate(&lab, "n1", "peers", Some("[{remoteip: 10.10.0.1, remoteasn: 65099}]"));
+    eventually("the AS is named", SESSION, || {
+        let status = bgp(&lab, 1, &["neighbors"]);
+        let text = status["neighbors"][0]["lastError"]["text"].to_string();
+        if text.contains("65099") && text.contains("65000") { Ok(()) } else { Err(text) }
+    });
+    // A text that is no list leaves all as it was; a good one brings the session back.
+    annotate(&lab, "n1", "peers", Some("[{remoteip: 10.10.0.1, remoteasn: 65000}]"));
+    eventually("the session", SESSION, || {
+        let rows = sessions(&lab, 1);
+        if rows[0].starts_with("10.10.0.1 Established") { Ok(()) } else { Err(format!("{rows:?}")) }
+    });
+    assert!(lab.wait_event("n1", "BgpSessionUp").contains("10.10.0.1"));
+    let before = sessions(&lab, 1);
+    annotate(&lab, "n1", "peers", Some("[{remoteip: 10.10.0.1, remoteasn: 65000}"));
+    throughout("nothing happens", Duration::from_secs(2), || {
+        let now = sessions(&lab, 1);
+        if now == before { Ok(()) } else { Err(format!("{now:?}")) }
+    });
+    annotate(&lab, "n1", "peers", None);
+    wait_sessions(&lab, 1, &both[1..]);
+    for daemon in &lab.daemons {
+        let log = daemon.log().join("\n");
+        assert!(!log.contains("c2VjcmV0") && !log.contains("secret"), "a secret is in the log");
+    }
+}
+
+#[test]
+fn peers_keep_routes_while_the_daemon_is_killed_and_starts_again() {
+    let _serial = serial();
+    let mut lab = Lab::without_daemons(Cluster::builder().nodes(2).pods_per_node(1));
+    let bird = Bird::start(&lab.cluster);
+    let pods: Vec<Endpoint> = lab.cluster.pods.iter().map(Endpoint::of).collect();
+    lab.put_service(&service("web", 10, json!({"externalIPs": ["203.0.113.10"]})));
+    lab.put_slices("web", &pods);
+    let more =
+        ["--advertise-external-ip", "--service-external-ip-range=203.0.113.0/24", "--bgp-graceful-restart"];
+    let flags: Vec<&str> = ROUTER.iter().copied().chain(more).collect();
+    lab.start_daemons_within(PATIENCE, &flags);
+    let all = ["10.244.1.0/24", "fd00:244:1::/64", "203.0.113.10/32"];
+    bird.learns("n1", &all);
+    wait_row(&lab, 2, &["routes"], "10.244.1.0/24 via 10.10.0.11: best");
+    let kept = |lab: &Lab, what: &str, time: Duration| {
+        throughout(what, time, || {
+            let routes = bird.routes("n1");
+            let there = all.iter().all(|prefix| routes.contains(*prefix));
+            let mine = rows(&bgp(lab, 2, &["routes"]));
+            let other = mine.iter().any(|row| row.starts_with("10.244.1.0/24 via 10.10.0.11: best"));
+            if there && other { Ok(()) } else { Err(format!("{routes:?} {mine:#?}")) }
+        });
+    };
+    kept(&lab, "before", Duration::from_millis(500));
+    lab.daemons[0].kill().unwrap();
+    kept(&lab, "while it is away", Duration::from_secs(2));
+    lab.daemons[0].start().unwrap();
+    kept(&lab, "while it comes back", Duration::from_secs(6));
+    lab.daemons[0].wait_ready(SOON).unwrap();
+    wait_sessions(&lab, 1, &["10.10.0.1 Established 0", "10.10.0.12 Established 0"]);
+    assert!(
+        lab.daemons[0].log().iter().any(|line| line.contains("restarted=true")),
+        "{:#?}",
+        lab.daemons[0].log()
+    );
+    // Nothing is left from before: what is gone meanwhile is withdrawn.
+    lab.daemons[0].terminate(SOON).unwrap();
+    throughout("an orderly stop is silent too", Duration::from_secs(1), || {
+        let routes = bird.routes("n1");
+        if routes.len() == all.len() { Ok(()) } else { Err(format!("{routes:?}")) }
+    });
+    lab.remove_service("web");
+    lab.daemons[0].start().unwrap();
+    bird.learns("n1", &all[..2]);
+}
