@@ -618,6 +618,12 @@ impl Model {
     }
 
     fn run(&mut self, operation: Operation) {
+        self.apply(operation);
+        // A path that comes again may have another identifier.
+        self.local_ids.retain(|key, _| self.paths.contains_key(key));
+    }
+
+    fn apply(&mut self, operation: Operation) {
         self.now += 1;
         let family = |v6| if v6 { AfiSafi::Ipv6Unicast } else { AfiSafi::Ipv4Unicast };
         match operation {
