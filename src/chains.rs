@@ -12,6 +12,7 @@ use ferroute_iptables::{
 };
 
 use crate::cleanup::Cleanup;
+use crate::disturbance::Disturbance;
 
 /// Chains and jumps by family and table.
 pub type Rules = BTreeMap<(Family, TableName), Ruleset>;
@@ -84,6 +85,12 @@ pub struct Chains {
     waiting: Option<Waiting>,
     /// Chains of ours that stay as they are.
     kept: BTreeSet<ChainName>,
+    /// What the choice of the programs listed, good until somebody writes rules.
+    listings: BTreeMap<Family, String>,
+    /// Per variant in use, whether somebody may have written rules.
+    disturbances: Vec<Disturbance>,
+    /// [`writes`] when that was last settled.
+    settled_writes: u64,
 }
 
 /// One run of a program, for metrics.
@@ -106,6 +113,12 @@ impl Chains {
         prefixes: impl IntoIterator<Item = &'static str>,
     ) -> Result<Self, Error> {
         let mut commands = BTreeMap::new();
+        let mut listings = BTreeMap::new();
+        // Before reading, so that what is written meanwhile is seen.
+        let mut early =
+            [Variant::Nft, Variant::Legacy].map(|variant| (variant, Disturbance::open_existing(variant)));
+        let settled_writes = writes();
+        let mut all_probed = true;
         for family in families.clone() {
             match Command::detect(family, None) {
                 Ok(found) => {
@@ -119,6 +132,8 @@ impl Chains {
                             "this host has rules in both variants of iptables; packets meet both, programs see one"
                         );
                     }
+                    all_probed &= found.probed;
+                    listings.insert(family, found.listing);
                     commands.insert(family, found.command.with_lock_wait(QUEUE));
                 }
                 Err(error) if family == Family::V6 => {
@@ -127,6 +142,19 @@ impl Chains {
                 }
                 Err(error) => return Err(error),
             }
+        }
+        let used: BTreeSet<Variant> = commands.values().map(Command::variant).collect();
+        let mut disturbances: Vec<Disturbance> = used
+            .into_iter()
+            .map(|variant| {
+                let early =
+                    early.iter_mut().find(|(of, _)| *of == variant).and_then(|(_, watch)| watch.take());
+                early.unwrap_or_else(|| Disturbance::open(Some(variant)))
+            })
+            .collect();
+        if all_probed {
+            // Who disturbed was the probe: where no table is, none of ours is in it.
+            disturbances.iter_mut().for_each(Disturbance::settle);
         }
         Ok(Self {
             commands,
@@ -137,7 +165,29 @@ impl Chains {
             lock: Lock::default(),
             waiting: None,
             kept: BTreeSet::new(),
+            listings,
+            disturbances,
+            settled_writes,
         })
+    }
+
+    /// Whether another program may have written rules since all of ours were last read. Cheap.
+    pub fn is_disturbed(&mut self) -> bool {
+        if !self.disturbances.iter_mut().any(Disturbance::is_seen) {
+            return false;
+        }
+        if writes() == self.settled_writes {
+            return true;
+        }
+        // A room of this process wrote, and no room touches another's chains. Who else did at that very
+        // time is found by the audit.
+        self.settle_disturbances();
+        false
+    }
+
+    fn settle_disturbances(&mut self) {
+        self.settled_writes = writes();
+        self.disturbances.iter_mut().for_each(Disturbance::settle);
     }
 
     /// Whether IPv4's rules are written by the nft variant.
@@ -149,6 +199,12 @@ impl Chains {
     /// else only tables whose rules changed since the last call are looked at. One table that
     /// fails does not keep the others from being written.
     pub fn sync(&mut self, wanted: Rules, check: bool) -> Result<usize, Error> {
+        let listings = std::mem::take(&mut self.listings);
+        let listings = if listings.is_empty() || self.is_disturbed() { BTreeMap::new() } else { listings };
+        if check {
+            // Before reading: what others do meanwhile is seen again.
+            self.settle_disturbances();
+        }
         let mut repaired = 0;
         let mut failure = None;
         let mut families: BTreeMap<Family, Vec<(TableName, Ruleset)>> = BTreeMap::new();
@@ -167,7 +223,10 @@ impl Chains {
             }
             // Programs are dear, so one reads and one writes all tables of a family.
             let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-            let results = command.sync_tables(&self.ours, &tables);
+            let results = match listings.get(&family) {
+                Some(listing) => command.sync_tables_from(listing, &self.ours, &tables),
+                None => command.sync_tables(&self.ours, &tables),
+            };
             drop(turn);
             if let Some(one) = results.iter().find(|one| one.is_err()).or(results.first()) {
                 self.note_lock(one);
@@ -189,6 +248,10 @@ impl Chains {
                     }
                 }
             }
+        }
+        if repaired > 0 || failure.is_some() {
+            // Our own doing, also where it was refused.
+            self.settle_disturbances();
         }
         failure.map_or(Ok(repaired), Err)
     }
@@ -337,6 +400,7 @@ impl Chains {
     pub fn remove(&mut self, dry_run: bool) -> Removal {
         self.known.clear();
         self.found.clear();
+        self.listings.clear();
         let commands: Vec<Command> = self.commands.values().cloned().collect();
         remove(&commands, &self.ours, None, dry_run)
     }

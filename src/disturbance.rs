@@ -60,6 +60,12 @@ impl Disturbance {
         disturbance
     }
 
+    /// The same for the legacy variant, unless none of its programs has run since this host booted: then
+    /// there is nothing to watch yet, and the file to watch is not made.
+    pub fn open_existing(variant: Variant) -> Option<Self> {
+        (variant == Variant::Nft || Path::new(LOCK).exists()).then(|| Self::open(Some(variant)))
+    }
+
     /// What happened so far is known, or was our own doing.
     pub fn settle(&mut self) {
         match &mut self.source {

@@ -1,10 +1,14 @@
 //! Runs the iptables programs: which variant, with what input, for how long, and what they said.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::{Child, Command as Process, Stdio};
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::Family;
 use crate::plan::{Plan, PlanError, plan};
@@ -129,6 +133,11 @@ pub struct Detected {
     pub mixed: Option<Mixed>,
     /// Variants passed over, each with the reason.
     pub passed_over: Vec<String>,
+    /// All tables of the chosen variant as they were listed for the choice, for
+    /// [`Command::sync_tables_from`].
+    pub listing: String,
+    /// Something was written since, to see whether that works: there was no table at all.
+    pub probed: bool,
 }
 
 /// Why a variant was chosen.
@@ -181,6 +190,7 @@ impl Command {
     /// No programs, or none that works.
     pub fn detect(family: Family, prefer: Option<Variant>) -> Result<Detected, Error> {
         let mut seen: Vec<(Self, Census)> = Vec::new();
+        let mut listings = Vec::new();
         let mut passed_over = Vec::new();
         let mut missing = None;
         for variant in [Variant::Nft, Variant::Legacy] {
@@ -192,16 +202,21 @@ impl Command {
                     continue;
                 }
             };
-            match command.census() {
-                Ok(census) => seen.push((command, census)),
+            match command.list() {
+                Ok(listing) => {
+                    seen.push((command, census(&listing)));
+                    listings.push((variant, listing));
+                }
                 Err(error) => passed_over.push(format!("{variant}: {error}")),
             }
         }
+        let mut probed = None;
         // Only a variant about to be chosen is written to, and only where nothing shows that it works.
         while let Some((command, _)) = choose(&seen, family, prefer)
             && seen.iter().any(|(other, census)| *other == command && !census.tables)
-            && let Err(error) = command.probe()
         {
+            probed = Some(command.variant);
+            let Err(error) = command.probe() else { break };
             passed_over.push(format!("{}: {error}", command.variant));
             seen.retain(|(other, _)| *other != command);
         }
@@ -215,7 +230,10 @@ impl Command {
             .iter()
             .find(|(other, census)| other.variant != command.variant && census.rules > 0)
             .map(|(other, census)| Mixed { other: other.variant, rules: census.rules });
-        Ok(Detected { command, reason, mixed, passed_over })
+        let listing = listings.into_iter().find(|(variant, _)| *variant == command.variant);
+        let listing = listing.map(|(_, listing)| listing).unwrap_or_default();
+        let probed = probed == Some(command.variant);
+        Ok(Detected { command, reason, mixed, passed_over, listing, probed })
     }
 
     /// The same programs, waiting at most so long for another program's lock. Only the legacy variant locks.
@@ -271,7 +289,7 @@ impl Command {
     /// written. One result per table, in the order given.
     #[must_use]
     pub fn sync_tables(&self, ours: &Ours, wanted: &[(TableName, Ruleset)]) -> Vec<Result<Plan, Error>> {
-        match self.sync_at_once(ours, wanted) {
+        match self.list().and_then(|listing| self.sync_at_once(&listing, ours, wanted)) {
             Ok(results) => results,
             // Nobody is to blame here, and waiting once for each table would only take longer.
             Err(Error::Locked { program, seconds }) => {
@@ -283,15 +301,35 @@ impl Command {
         }
     }
 
+    /// [`Self::sync_tables`] without the program to read: `listing` is [`Detected::listing`], and nobody
+    /// wrote rules since. What is refused is read and tried again.
+    #[must_use]
+    pub fn sync_tables_from(
+        &self,
+        listing: &str,
+        ours: &Ours,
+        wanted: &[(TableName, Ruleset)],
+    ) -> Vec<Result<Plan, Error>> {
+        match self.sync_at_once(listing, ours, wanted) {
+            Ok(results) => results,
+            // Reading would not help, and its end would be another wait.
+            Err(Error::Locked { program, seconds }) => {
+                let locked = || Error::Locked { program: program.clone(), seconds };
+                wanted.iter().map(|_| Err(locked())).collect()
+            }
+            Err(_) => self.sync_tables(ours, wanted),
+        }
+    }
+
     fn sync_at_once(
         &self,
+        listing: &str,
         ours: &Ours,
         wanted: &[(TableName, Ruleset)],
     ) -> Result<Vec<Result<Plan, Error>>, Error> {
-        let save = run(&self.save, &[], "")?;
         let plans = wanted
             .iter()
-            .map(|(table, ruleset)| Ok(plan(&parse(&save, *table, ours)?, ruleset, ours, self.family)?))
+            .map(|(table, ruleset)| Ok(plan(&parse(listing, *table, ours)?, ruleset, ours, self.family)?))
             .collect::<Result<Vec<Plan>, Error>>()?;
         let documents: String =
             wanted.iter().zip(&plans).map(|((table, _), plan)| plan.document(*table)).collect();
@@ -314,12 +352,12 @@ impl Command {
     /// # Errors
     /// Why not.
     pub fn check(&self) -> Result<(), Error> {
-        self.tables().map(drop)
+        self.list().map(drop)
     }
 
     /// Tables that exist now; asking for another one would make it.
     pub(crate) fn tables(&self) -> Result<Vec<TableName>, Error> {
-        let save = run(&self.save, &[], "")?;
+        let save = self.list()?;
         let present =
             |table: &TableName| save.lines().any(|line| line.strip_prefix('*') == Some(table.name()));
         Ok(TableName::ALL.into_iter().filter(present).collect())
@@ -341,10 +379,10 @@ impl Command {
         })
     }
 
-    /// Counts the host's rules, or says why this variant does not work here.
-    fn census(&self) -> Result<Census, Error> {
+    /// The host's rules, or why this variant does not work here.
+    fn list(&self) -> Result<String, Error> {
         // Without -t: naming a table would load it, and legacy tables on an nft host are worth avoiding.
-        Ok(census(&run(&self.save, &[], "")?))
+        run(&self.save, &[], "")
     }
 
     /// Whether the kernel takes what this variant writes. Some kernels have nf_tables without its IPv4 or IPv6
@@ -438,27 +476,24 @@ fn run(program: &std::path::Path, arguments: &[&str], input: &str) -> Result<Str
         .stderr(Stdio::piped())
         .spawn()
         .map_err(failed)?;
-    let (done, ended) = mpsc::channel();
-    let out = reader(child.stdout.take(), done.clone());
-    let err = reader(child.stderr.take(), done);
-    let stdin = child.stdin.take();
-    let input = input.to_owned();
-    // A program that ends early leaves a broken pipe: its exit code and words say why.
-    let feeder = std::thread::spawn(move || stdin.map(|mut stdin| stdin.write_all(input.as_bytes())));
     let deadline = Instant::now() + TIME_LIMIT;
-    let mut ended_in_time = true;
-    for _ in 0..2 {
-        ended_in_time &= ended.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok();
-    }
-    let status = if ended_in_time { wait(&mut child, deadline).map_err(failed)? } else { None };
-    let Some(status) = status else {
-        // It may have ended in between.
-        let _ = child.kill();
-        child.wait().map_err(failed)?;
-        return Err(Error::TimeLimit { program: name, limit: TIME_LIMIT });
+    let outcome = match converse(&mut child, input.as_bytes(), deadline) {
+        Ok(Some(said)) => wait(&mut child, deadline).map(|status| status.map(|status| (status, said))),
+        Ok(None) => Ok(None),
+        Err(source) => Err(source),
     };
-    let _ = feeder.join();
-    let (stdout, stderr) = (out.join().unwrap_or_default(), err.join().unwrap_or_default());
+    let (status, [stdout, stderr]) = match outcome {
+        Ok(Some(ended)) => ended,
+        unfinished => {
+            // It may have ended in between.
+            let _ = child.kill();
+            child.wait().map_err(failed)?;
+            return Err(match unfinished {
+                Err(source) => failed(source),
+                Ok(_) => Error::TimeLimit { program: name, limit: TIME_LIMIT },
+            });
+        }
+    };
     if status.success() {
         Ok(String::from_utf8_lossy(&stdout).into_owned())
     } else {
@@ -467,19 +502,75 @@ fn run(program: &std::path::Path, arguments: &[&str], input: &str) -> Result<Str
     }
 }
 
-fn reader(
-    pipe: Option<impl Read + Send + 'static>,
-    done: mpsc::Sender<()>,
-) -> std::thread::JoinHandle<Vec<u8>> {
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        if let Some(mut pipe) = pipe {
-            // What came before an error is still worth showing.
-            let _ = pipe.read_to_end(&mut bytes);
+/// Feeds a program and hears it out, until it closes its outputs; `None` at the deadline. All in this
+/// thread: starting one per pipe takes a good part of such a program's own time.
+fn converse(child: &mut Child, input: &[u8], deadline: Instant) -> std::io::Result<Option<[Vec<u8>; 2]>> {
+    let (mut stdin, mut rest) = (child.stdin.take(), input);
+    if let Some(pipe) = &stdin {
+        // Our end only: the program's own is another open file.
+        fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    }
+    let (mut stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
+    let mut said = [Vec::new(), Vec::new()];
+    loop {
+        if let Some(pipe) = &mut stdin {
+            match pipe.write(rest) {
+                Ok(written) => rest = rest.get(written..).unwrap_or_default(),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+                // A program that ends early: its exit code and words say why.
+                Err(_) => rest = &[],
+            }
         }
-        let _ = done.send(());
-        bytes
-    })
+        if rest.is_empty() {
+            // Closed, which is how it knows the end.
+            stdin = None;
+        }
+        let ready = {
+            let watched = [
+                stdin.as_ref().map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)),
+                stdout.as_ref().map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
+                stderr.as_ref().map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
+            ];
+            let places: Vec<usize> = (0..watched.len()).filter(|place| watched[*place].is_some()).collect();
+            let mut watched: Vec<PollFd<'_>> = watched.into_iter().flatten().collect();
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            // Rounded up: a fraction of a millisecond must not spin.
+            let millis = u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
+            match poll(&mut watched, PollTimeout::from(millis)) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            let mut ready = [false; 3];
+            for (place, polled) in places.into_iter().zip(&watched) {
+                ready[place] = polled.any().unwrap_or(true);
+            }
+            ready
+        };
+        let [out, err] = &mut said;
+        if ready[1] {
+            hear(&mut stdout, out);
+        }
+        if ready[2] {
+            hear(&mut stderr, err);
+        }
+        if stdout.is_none() && stderr.is_none() {
+            return Ok(Some(said));
+        }
+    }
+}
+
+/// Takes what has come through a pipe, and closes it at its end.
+fn hear(pipe: &mut Option<impl Read>, said: &mut Vec<u8>) {
+    let mut part = [0; 16 * 1024];
+    match pipe.as_mut().map(|pipe| pipe.read(&mut part)) {
+        Some(Ok(length)) if length > 0 => said.extend_from_slice(part.get(..length).unwrap_or_default()),
+        Some(Err(error)) if error.kind() == ErrorKind::Interrupted => {}
+        // What came before an error is still worth showing.
+        _ => *pipe = None,
+    }
 }
 
 /// Both pipes are closed: the end is near, but a program may linger.
@@ -520,6 +611,12 @@ mod tests {
     fn programs_are_found_run_and_their_failures_told() {
         assert_eq!(run(&find("cat").unwrap(), &[], "x\n").unwrap(), "x\n");
         assert!(matches!(run(&find("false").unwrap(), &[], ""), Err(Error::Failed { .. })));
+        // More than any pipe holds, both ways, and one that does not listen.
+        let long = "a line of a document\n".repeat(100_000);
+        assert_eq!(run(&find("cat").unwrap(), &[], &long).unwrap(), long);
+        assert_eq!(run(&find("true").unwrap(), &[], &long).unwrap(), "");
+        let both = run(&find("sh").unwrap(), &["-c", "cat; echo said >&2; exit 3"], &long);
+        assert!(matches!(both, Err(Error::Failed { stderr, .. }) if stderr == "said"));
         let missing = find("no-such-program").unwrap_err();
         assert!(missing.to_string().contains("package iptables"), "{missing}");
     }
