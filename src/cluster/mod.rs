@@ -30,7 +30,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ipnet::IpNet;
 
-use endpoints::Slice;
+use endpoints::{Slice, Slices};
 use network_policy::NetworkPolicy;
 use node::Node;
 use service::Service;
@@ -135,7 +135,7 @@ pub struct State {
     pub services: HashMap<ServiceKey, Arc<Service>>,
     /// EndpointSlices by the Service they belong to, then by slice name. Slices that arrive before
     /// their Service wait here: nothing reads them until the Service exists.
-    pub slices: HashMap<ServiceKey, BTreeMap<Arc<str>, Arc<Slice>>>,
+    pub slices: HashMap<ServiceKey, Slices>,
     /// Nodes by name.
     pub nodes: HashMap<Arc<str>, Arc<Node>>,
     /// CIDRs of ServiceCIDR objects that are ready, by object name.

@@ -14,11 +14,8 @@ use ipnet::IpNet;
 use super::eligible::{Target, eligible};
 use super::facts::Facts;
 use super::settings::Settings;
-use crate::cluster::endpoints::Slice;
+pub use crate::cluster::endpoints::Slices;
 use crate::cluster::service::{Problem, Protocol, Service, ServicePort, ServiceType, TrafficPolicy};
-
-/// The slices of one Service.
-pub type Slices = BTreeMap<Arc<str>, Arc<Slice>>;
 
 /// Which field of the Service a VIP comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -174,6 +171,8 @@ pub fn desired(
     let [ipv4, ipv6] = local_addresses.map(|addresses| addresses.len());
     state.health = service.health_check_node_port.map(|port| (port.get(), ipv4.max(ipv6)));
     drop_duplicates(service, &mut state);
+    // It stays, ten thousand times.
+    state.frontends.shrink_to_fit();
     state
 }
 
@@ -363,6 +362,7 @@ impl Scheduling {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::endpoints::Slice;
     use crate::proxy::fixture;
 
     #[test]

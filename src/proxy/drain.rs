@@ -5,6 +5,7 @@
 //! after a restart. And since when: the upper threshold of its connections, which means nothing at
 //! weight 0, holds that second of the time since boot. So a restart does not start the period anew.
 
+use std::cell::LazyCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -61,7 +62,8 @@ impl Drains {
     ///
     /// A virtual server that is not wanted at all goes at once with everything on it. UDP has no
     /// connection to finish, and the `dh` scheduler keeps sending clients to a destination of
-    /// weight 0 only to refuse them, so neither drains. `period` is `None` where draining is off.
+    /// weight 0 only to refuse them, so neither drains. `period` is `None` where draining is off; `now` is
+    /// asked for only when something drains.
     pub fn effective(
         &mut self,
         key: ipvs::VirtualServerKey,
@@ -69,7 +71,7 @@ impl Drains {
         actual: Option<&Arc<ipvs::VirtualServer>>,
         wanted: Option<&Arc<ipvs::VirtualServer>>,
         period: Option<Duration>,
-        now: Now,
+        now: impl FnOnce() -> Now,
     ) -> Option<Arc<ipvs::VirtualServer>> {
         self.with_draining(key, protocol, actual, wanted, period, now)
             .filter(|server| !server.destinations.is_empty())
@@ -82,7 +84,7 @@ impl Drains {
         actual: Option<&Arc<ipvs::VirtualServer>>,
         wanted: Option<&Arc<ipvs::VirtualServer>>,
         period: Option<Duration>,
-        now: Now,
+        now: impl FnOnce() -> Now,
     ) -> Option<Arc<ipvs::VirtualServer>> {
         let (Some(wanted), Some(actual), Some(period)) = (wanted, actual, period) else {
             self.servers.remove(&key);
@@ -97,6 +99,8 @@ impl Drains {
             self.servers.remove(&key);
             return Some(wanted.clone());
         }
+        // Most changes remove nothing, and need no clock.
+        let now = LazyCell::new(now);
         let mut draining = self.servers.remove(&key).unwrap_or_default();
         let mut still = HashMap::default();
         let mut kept = Vec::new();
@@ -107,7 +111,7 @@ impl Drains {
             }
             let state = draining
                 .remove(&destination_key)
-                .unwrap_or_else(|| Draining::begin(destination, period, now));
+                .unwrap_or_else(|| Draining::begin(destination, period, *now));
             if state.quiet || now.instant >= state.deadline {
                 continue;
             }
@@ -213,12 +217,12 @@ mod tests {
         let actual = server(ipvs::Scheduler::RR, &[(1, 1), (2, 1)]);
         let wanted = server(ipvs::Scheduler::RR, &[(1, 1)]);
         let tcp = Some(Protocol::Tcp);
-        let draining = drains.effective(key(), tcp, Some(&actual), Some(&wanted), PERIOD, now).unwrap();
+        let draining = drains.effective(key(), tcp, Some(&actual), Some(&wanted), PERIOD, || now).unwrap();
         assert_eq!(weights(&draining), [("10.0.0.1".into(), 1), ("10.0.0.2".into(), 0)]);
         assert!(!drains.is_due(&key(), now.instant) && drains.len() == 1);
         let later = after(now, 30);
         assert!(drains.is_due(&key(), later.instant));
-        let done = drains.effective(key(), tcp, Some(&draining), Some(&wanted), PERIOD, later).unwrap();
+        let done = drains.effective(key(), tcp, Some(&draining), Some(&wanted), PERIOD, || later).unwrap();
         assert_eq!(weights(&done), [("10.0.0.1".into(), 1)]);
         assert!(drains.is_empty());
     }
@@ -230,14 +234,15 @@ mod tests {
         let both = server(ipvs::Scheduler::RR, &[(1, 1), (2, 1)]);
         let one = server(ipvs::Scheduler::RR, &[(1, 1)]);
         let draining =
-            drains.effective(key(), Some(Protocol::Tcp), Some(&both), Some(&one), PERIOD, now).unwrap();
-        let back =
-            drains.effective(key(), Some(Protocol::Tcp), Some(&draining), Some(&both), PERIOD, now).unwrap();
+            drains.effective(key(), Some(Protocol::Tcp), Some(&both), Some(&one), PERIOD, || now).unwrap();
+        let back = drains
+            .effective(key(), Some(Protocol::Tcp), Some(&draining), Some(&both), PERIOD, || now)
+            .unwrap();
         assert_eq!(back, both);
         assert!(drains.is_empty());
         // Its next drain has the whole period again.
         let again = after(now, 40);
-        drains.effective(key(), Some(Protocol::Tcp), Some(&both), Some(&one), PERIOD, again).unwrap();
+        drains.effective(key(), Some(Protocol::Tcp), Some(&both), Some(&one), PERIOD, || again).unwrap();
         assert!(!drains.is_due(&key(), again.instant + Duration::from_secs(29)));
     }
 
@@ -249,7 +254,7 @@ mod tests {
         let begun = now();
         let effective = |actual: &Arc<ipvs::VirtualServer>, at: Now| {
             let mut drains = Drains::default();
-            let server = drains.effective(key(), tcp, Some(actual), Some(&one), PERIOD, at).unwrap();
+            let server = drains.effective(key(), tcp, Some(actual), Some(&one), PERIOD, || at).unwrap();
             (server, drains)
         };
         let (draining, _) = effective(&both, begun);
@@ -282,10 +287,10 @@ mod tests {
         let both = server(ipvs::Scheduler::RR, &[(1, 1), (2, 1)]);
         let one = server(ipvs::Scheduler::RR, &[(1, 1)]);
         let tcp = Some(Protocol::Tcp);
-        let draining = drains.effective(key(), tcp, Some(&both), Some(&one), PERIOD, now).unwrap();
+        let draining = drains.effective(key(), tcp, Some(&both), Some(&one), PERIOD, || now).unwrap();
         drains.set_quiet(&key(), &draining.destinations[1].key());
         assert!(drains.is_due(&key(), now.instant));
-        let done = drains.effective(key(), tcp, Some(&draining), Some(&one), PERIOD, now).unwrap();
+        let done = drains.effective(key(), tcp, Some(&draining), Some(&one), PERIOD, || now).unwrap();
         assert_eq!(done, one);
     }
 
@@ -297,18 +302,24 @@ mod tests {
         let none = server(ipvs::Scheduler::RR, &[]);
         for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
             let protocol = Some(protocol);
-            assert_eq!(drains.effective(key(), protocol, None, Some(&none), PERIOD, now), None);
-            assert_eq!(drains.effective(key(), protocol, None, Some(&one), PERIOD, now), Some(one.clone()));
+            assert_eq!(drains.effective(key(), protocol, None, Some(&none), PERIOD, || now), None);
+            assert_eq!(
+                drains.effective(key(), protocol, None, Some(&one), PERIOD, || now),
+                Some(one.clone())
+            );
         }
-        let draining = drains.effective(key(), Some(Protocol::Tcp), Some(&one), Some(&none), PERIOD, now);
+        let draining = drains.effective(key(), Some(Protocol::Tcp), Some(&one), Some(&none), PERIOD, || now);
         assert_eq!(weights(draining.as_ref().unwrap()), [("10.0.0.1".into(), 0)]);
         let later = after(now, 30);
         assert_eq!(
-            drains.effective(key(), Some(Protocol::Tcp), draining.as_ref(), Some(&none), PERIOD, later),
+            drains.effective(key(), Some(Protocol::Tcp), draining.as_ref(), Some(&none), PERIOD, || later),
             None
         );
-        assert_eq!(drains.effective(key(), Some(Protocol::Udp), Some(&one), Some(&none), PERIOD, now), None);
-        assert_eq!(drains.effective(key(), Some(Protocol::Tcp), Some(&one), Some(&none), None, now), None);
+        assert_eq!(
+            drains.effective(key(), Some(Protocol::Udp), Some(&one), Some(&none), PERIOD, || now),
+            None
+        );
+        assert_eq!(drains.effective(key(), Some(Protocol::Tcp), Some(&one), Some(&none), None, || now), None);
         assert!(drains.is_empty());
     }
 
@@ -324,7 +335,7 @@ mod tests {
             let one = server(scheduler, &[(1, 1)]);
             let mut drains = Drains::default();
             assert_eq!(
-                drains.effective(key(), Some(protocol), Some(&both), Some(&one), period, now).unwrap(),
+                drains.effective(key(), Some(protocol), Some(&both), Some(&one), period, || now).unwrap(),
                 one
             );
             assert!(drains.is_empty());
@@ -333,7 +344,7 @@ mod tests {
         let one = server(ipvs::Scheduler::SH, &[(1, 1)]);
         let mut drains = Drains::default();
         let draining =
-            drains.effective(key(), Some(Protocol::Sctp), Some(&both), Some(&one), PERIOD, now).unwrap();
+            drains.effective(key(), Some(Protocol::Sctp), Some(&both), Some(&one), PERIOD, || now).unwrap();
         assert!(draining.flags.contains(ipvs::Flags::SH_FALLBACK));
     }
 }

@@ -184,7 +184,7 @@ impl Hold {
     /// The slices of a Service with those that the kernel stands in for.
     pub fn slices(&self, service: &ServiceKey, readable: Option<&Slices>) -> Option<Slices> {
         let mut slices = self.endpoints.get(service)?.clone();
-        slices.extend(readable.into_iter().flatten().map(|(name, slice)| (name.clone(), slice.clone())));
+        slices.extend(readable.into_iter().flatten().cloned());
         Some(slices)
     }
 
@@ -347,7 +347,7 @@ mod tests {
 
     fn changes(mirror: &Mirror, ledger: &Ledger, hold: &Hold) -> Vec<String> {
         let (drains, facts) = (&mut Drains::default(), fixture::facts());
-        mirror::diff(mirror, ledger, drains, hold, &facts, 7, &Scope::All, None, fixture::now()).describe()
+        mirror::diff(mirror, ledger, drains, hold, &facts, 7, &Scope::All, None, fixture::now).describe()
     }
 
     fn programmed() -> (State, Mirror) {

@@ -50,7 +50,8 @@ pub struct Ledger {
     /// How many of the servers have a destination.
     served: usize,
     sets: Sets,
-    uses: Map<(SetName, Entry), u32>,
+    /// How often entries are wanted beyond the first time: few are.
+    more_uses: Map<(SetName, Entry), u32>,
     node_entries: BTreeSet<(SetId, Entry)>,
     vips: Map<IpAddr, u32>,
 }
@@ -237,6 +238,8 @@ impl Ledger {
 
     fn claim(&mut self, frontend: FrontendKey, created: i64, key: &ServiceKey, touched: &mut Touched) {
         let claims = self.claims.entry(frontend).or_default();
+        // Nearly always the only one.
+        claims.reserve_exact(1);
         claims.push((created, key.clone()));
         if claims.len() > 1 {
             claims.sort();
@@ -317,22 +320,24 @@ impl Ledger {
     }
 
     fn count_entry(&mut self, id: SetId, entry: Entry, extra: Extra, add: bool, touched: &mut Touched) {
-        let name = id.name();
+        let (name, entry) = (id.name(), entry.normal());
         let Some(set) = self.sets.get_mut(&name) else { return };
         touched.entries.insert((name, entry));
         let key = (name, entry);
+        let present = set.entries().contains_key(&entry);
         if add {
             // Entries are built to fit their set; one that does not is reported by the kernel's
             // own words when the whole frontend fails, so nothing is lost here.
-            if set.insert(entry, extra).is_ok() {
-                *self.uses.entry(key).or_default() += 1;
+            if set.insert(entry, extra).is_ok() && present {
+                *self.more_uses.entry(key).or_default() += 1;
             }
-        } else if let Some(uses) = self.uses.get_mut(&key) {
-            *uses -= 1;
-            if *uses == 0 {
-                self.uses.remove(&key);
-                set.remove(&entry);
+        } else if let Some(more) = self.more_uses.get_mut(&key) {
+            *more -= 1;
+            if *more == 0 {
+                self.more_uses.remove(&key);
             }
+        } else {
+            set.remove(&entry);
         }
     }
 }

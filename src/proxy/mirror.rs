@@ -170,7 +170,7 @@ pub fn diff(
     device: u32,
     scope: &Scope<'_>,
     period: Option<Duration>,
-    now: Now,
+    now: impl Fn() -> Now,
 ) -> Changes {
     let mut changes = Changes::default();
 
@@ -189,7 +189,7 @@ pub fn diff(
                 mirror.servers.get(key),
                 ledger.servers().get(key),
                 period,
-                now,
+                &now,
             )
         };
         if let Some(server) = &server {
@@ -370,7 +370,7 @@ mod tests {
 
     fn compare(mirror: &Mirror, ledger: &Ledger, scope: &Scope<'_>) -> Changes {
         let (drains, hold) = (&mut Drains::default(), &Hold::default());
-        diff(mirror, ledger, drains, hold, &fixture::facts(), 7, scope, None, fixture::now())
+        diff(mirror, ledger, drains, hold, &fixture::facts(), 7, scope, None, fixture::now)
     }
 
     proptest! {
@@ -460,7 +460,7 @@ mod tests {
         let mut mirror = Mirror::default();
         let run = |mirror: &Mirror, facts: &Facts, scope: &Scope<'_>| {
             let (drains, hold) = (&mut Drains::default(), &Hold::default());
-            diff(mirror, &ledger, drains, hold, facts, 7, scope, None, fixture::now())
+            diff(mirror, &ledger, drains, hold, facts, 7, scope, None, fixture::now)
         };
         let changes = run(&mirror, &single, &Scope::All);
         apply(&mut mirror, &changes);

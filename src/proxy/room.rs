@@ -465,7 +465,7 @@ impl Room {
             self.kernel.device(),
             scope,
             self.settings.graceful_period,
-            super::kernel::now(),
+            super::kernel::now,
         );
         if !self.drains.is_empty() && self.next_drain_tick.is_none() {
             self.next_drain_tick = Some(Instant::now() + DRAIN_TICK);

@@ -117,7 +117,7 @@ impl Status {
             kernel.device(),
             &Scope::All,
             settings.graceful_period,
-            super::kernel::now(),
+            super::kernel::now,
         );
         status.difference = changes.describe();
         status.sets = actual.sets.iter().map(|(name, set)| (name.to_string(), set.entries().len())).collect();

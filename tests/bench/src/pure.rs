@@ -64,7 +64,7 @@ pub fn pure(shape: &Shape) -> Result<()> {
         }
         let since = Instant::now();
         let scope = Scope::Touched(&touched);
-        let changes = diff(&mirror, &ledger, &mut drains, &hold, &facts, 3, &scope, period, now);
+        let changes = diff(&mirror, &ledger, &mut drains, &hold, &facts, 3, &scope, period, || now);
         note("diff", since);
         let since = Instant::now();
         let _ = changes.udp(&mirror, |key| ledger.protocol(key));
@@ -90,7 +90,7 @@ pub fn pure(shape: &Shape) -> Result<()> {
         note("mirror", since);
     }
     let since = Instant::now();
-    let changes = diff(&mirror, &ledger, &mut drains, &hold, &facts, 3, &Scope::All, period, now);
+    let changes = diff(&mirror, &ledger, &mut drains, &hold, &facts, 3, &Scope::All, period, || now);
     note("compare all", since);
     println!("{} changes left", changes.len());
     for (what, time) in spent {
