@@ -70,6 +70,11 @@ impl Schedule {
             .unwrap_or(self.tables)
     }
 
+    /// When everything is tried again after a failure.
+    pub fn next_retry(&self) -> Option<Instant> {
+        self.retry
+    }
+
     /// What is due now; it counts as done until asked for again.
     pub fn take_due(&mut self, now: Instant) -> Option<Due> {
         let retry = self.retry.take_if(|retry| *retry <= now).is_some();
@@ -154,6 +159,11 @@ impl Looks {
     /// The first is due after the shortest pause.
     pub fn new(now: Instant) -> Self {
         Self { next: now + LOOK_PAUSES.0, pause: LOOK_PAUSES.0, last_cost: Duration::ZERO, alarmed: false }
+    }
+
+    /// When the next one is due.
+    pub fn next_due(&self) -> Instant {
+        self.next
     }
 
     /// Whether a look is due.

@@ -245,3 +245,47 @@ fn a_manifest_that_broke_while_the_daemon_was_away_keeps_what_it_had() {
     wait_gone(node, Protocol::Tcp, at(vips(11)[0], 80));
     std::fs::remove_dir_all(folder).unwrap();
 }
+
+/// Audits of tables are some ten seconds apart here and those of chains minutes, as dear as they are;
+/// looks in between notice what another program did.
+#[test]
+fn drift_is_seen_long_before_the_next_audit() {
+    let _serial = serial();
+    let lab = Lab::start(Cluster::builder().nodes(1).pods_per_node(2), &[]);
+    let all = ["p1-1", "p1-2"].map(|name| Endpoint::of(lab.pod(name)));
+    for number in 10..20 {
+        lab.put_service(&service(&format!("s{number}"), number, json!({})));
+        lab.put_slices(&format!("s{number}"), &all);
+    }
+    lab.wait_served(19, 2);
+    let node = lab.node(1);
+    let before = KernelSnapshot::settled(node, SOON).unwrap();
+    let audits = || lab.metric(1, "ferroute_proxy_audits_total");
+    // What the start made due.
+    std::thread::sleep(Duration::from_secs(3));
+    let pod = lab.pod("p1-1").ips[0];
+    for sabotage in [
+        "ipvsadm -D -t 10.96.0.10:80".to_owned(),
+        format!("ipvsadm -d -u 10.96.0.11:80 -r {pod}:8080"),
+        format!("ipvsadm -e -t 10.96.0.12:80 -r {pod}:8080 -m -w 7"),
+        "ipvsadm -E -t 10.96.0.13:80 -s wlc".to_owned(),
+        "ipset del kube-router-svip-prt 10.96.0.14,tcp:80".to_owned(),
+        "ip route del local 10.96.0.0/16 dev kube-dummy-if table local".to_owned(),
+        "iptables-legacy -F KUBE-ROUTER-SERVICES".to_owned(),
+        "iptables-legacy -t nat -F KUBE-ROUTER-MASQUERADE".to_owned(),
+    ] {
+        node.sh(&sabotage).unwrap();
+        let begin = Instant::now();
+        eventually(&sabotage, SOON, || {
+            let difference = before.difference(&KernelSnapshot::take(node).unwrap());
+            if difference.is_empty() { Ok(()) } else { Err(difference.join("\n")) }
+        });
+        println!("{sabotage}: put right after {} ms", begin.elapsed().as_millis());
+    }
+    // A stranger's table is no alarm.
+    let count = audits();
+    node.sh("ipvsadm -A -t 192.0.2.200:80").unwrap();
+    node.sh("ipvsadm -a -t 192.0.2.200:80 -r 192.0.2.201:80 -m").unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(audits() <= count + 1.0, "{} audits for a stranger's virtual server", audits() - count);
+}

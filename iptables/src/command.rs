@@ -289,16 +289,11 @@ impl Command {
     /// written. One result per table, in the order given.
     #[must_use]
     pub fn sync_tables(&self, ours: &Ours, wanted: &[(TableName, Ruleset)]) -> Vec<Result<Plan, Error>> {
-        match self.list().and_then(|listing| self.sync_at_once(&listing, ours, wanted)) {
-            Ok(results) => results,
-            // Nobody is to blame here, and waiting once for each table would only take longer.
-            Err(Error::Locked { program, seconds }) => {
-                let locked = || Error::Locked { program: program.clone(), seconds };
-                wanted.iter().map(|_| Err(locked())).collect()
-            }
-            // Who is to blame, and what was written before it, shows one by one.
-            Err(_) => wanted.iter().map(|(table, ruleset)| self.sync(*table, ours, ruleset)).collect(),
-        }
+        let outcome = self.list().and_then(|listing| self.sync_at_once(&listing, ours, wanted));
+        // Who is to blame, and what was written before it, shows one by one.
+        settled(outcome, wanted, || {
+            wanted.iter().map(|(table, ruleset)| self.sync(*table, ours, ruleset)).collect()
+        })
     }
 
     /// [`Self::sync_tables`] without the program to read: `listing` is [`Detected::listing`], and nobody
@@ -310,15 +305,8 @@ impl Command {
         ours: &Ours,
         wanted: &[(TableName, Ruleset)],
     ) -> Vec<Result<Plan, Error>> {
-        match self.sync_at_once(listing, ours, wanted) {
-            Ok(results) => results,
-            // Reading would not help, and its end would be another wait.
-            Err(Error::Locked { program, seconds }) => {
-                let locked = || Error::Locked { program: program.clone(), seconds };
-                wanted.iter().map(|_| Err(locked())).collect()
-            }
-            Err(_) => self.sync_tables(ours, wanted),
-        }
+        let outcome = self.sync_at_once(listing, ours, wanted);
+        settled(outcome, wanted, || self.sync_tables(ours, wanted))
     }
 
     fn sync_at_once(
@@ -390,6 +378,23 @@ impl Command {
     /// an empty filter table, which the first real write would make too.
     fn probe(&self) -> Result<(), Error> {
         self.restore(&format!("*filter\n:{PROBE} - [0:0]\n-X {PROBE}\nCOMMIT\n"))
+    }
+}
+
+/// One result per table, of what was done at once or, where that was refused, of another attempt.
+fn settled(
+    outcome: Result<Vec<Result<Plan, Error>>, Error>,
+    wanted: &[(TableName, Ruleset)],
+    again: impl FnOnce() -> Vec<Result<Plan, Error>>,
+) -> Vec<Result<Plan, Error>> {
+    match outcome {
+        Ok(results) => results,
+        // Nobody is to blame here, and waiting once more, or once for each table, would only take longer.
+        Err(Error::Locked { program, seconds }) => {
+            let locked = || Error::Locked { program: program.clone(), seconds };
+            wanted.iter().map(|_| Err(locked())).collect()
+        }
+        Err(_) => again(),
     }
 }
 

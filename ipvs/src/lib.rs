@@ -35,6 +35,7 @@
 
 mod diff;
 mod error;
+mod fingerprint;
 mod handle;
 mod model;
 mod stats;
@@ -42,6 +43,7 @@ pub mod wire;
 
 pub use diff::{Change, Mismatch, apply_to, diff, diff_all};
 pub use error::{ChangeError, ChangeFailure, Error};
+pub use fingerprint::{Fingerprint, Listing, fingerprint};
 pub use handle::Handle;
 pub use model::{
     Destination, DestinationKey, Family, Flags, Forwarding, InvalidScheduler, Netmask, Options, Protocol,

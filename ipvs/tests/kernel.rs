@@ -77,6 +77,8 @@ fn program(ipvs: &mut Handle, desired: &Table) {
     assert_eq!(ipvs.apply(&changes).unwrap(), []);
     assert_eq!(ipvs.messages_sent() - sent, changes.len() as u64, "one message per change");
     assert_eq!(&ipvs.dump().unwrap(), desired);
+    let listed = Listing::default().fingerprint(|key| desired.contains_key(key));
+    assert_eq!(listed, Some(fingerprint(desired)), "the listing tells the same");
 }
 
 #[test]

@@ -148,15 +148,21 @@ impl Room {
     pub fn run(mut self) -> Result<(), Error> {
         loop {
             let now = Instant::now();
+            let listed = self.subscription.cluster().read().has_listed(&NEEDED);
+            // Audits begin with the adoption, which waits for the lists and is put off by a failure.
+            let pass = match (self.adopted, listed) {
+                (true, _) => Some(self.schedule.next_due()),
+                (false, true) => Some(self.schedule.next_retry().unwrap_or(now)),
+                (false, false) => None,
+            };
             let look = self.waiting.map(|_| now + LOCK_LOOK);
-            let due = [self.starting.next_deadline(), self.forget_at, Some(self.schedule.next_due()), look];
+            let due = [self.starting.next_deadline(), self.forget_at, pass, look];
             let sleep = due
                 .into_iter()
                 .flatten()
                 .min()
                 .map_or(LONGEST_SLEEP, |due| due.saturating_duration_since(now))
                 .min(LONGEST_SLEEP);
-            let listed = self.subscription.cluster().read().has_listed(&NEEDED);
             let dirty = self.subscription.wait(sleep, if listed { Duration::ZERO } else { LISTING_GATHER });
             let woken = Instant::now();
             self.shared.turned(woken);

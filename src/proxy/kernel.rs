@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ferroute_iptables::ipset::{self, Entry, Sets};
 use ferroute_iptables::{Family, SetName};
@@ -35,6 +35,8 @@ use crate::host::{Network, address, extension, kernel, sysctl};
 pub const DUMMY_LINK: &str = "kube-dummy-if";
 /// The pods' bridge; kube-router's name.
 const BRIDGE: &str = "kube-bridge";
+/// Most virtual servers for which the listing is read, in quadratic time: no change shall wait for it.
+const LARGEST_LISTED: usize = 4096;
 /// What the Service room cannot do without, by the names [`kernel::inspect`] gives.
 const VITAL: [&str; 3] = ["IPVS", "ipset", "dummy links"];
 
@@ -83,6 +85,7 @@ pub struct Kernel {
     told: BTreeSet<String>,
     /// What the rules cannot be written without and was not found at the start.
     lacking: Vec<String>,
+    listing: ipvs::Listing,
 }
 
 impl Kernel {
@@ -161,6 +164,7 @@ impl Kernel {
             _watching: None,
             told: BTreeSet::new(),
             lacking: Vec::new(),
+            listing: ipvs::Listing::default(),
         })
     }
 
@@ -301,6 +305,40 @@ impl Kernel {
             }
         }
         Ok(Mirror { servers, sets, routes: self.read_routes()? })
+    }
+
+    /// Whether the tables differ from the mirror as far as a cheap look tells: one listing of IPVS, while
+    /// that is cheap, and one request for the sizes of all sets. `known` is the mirror's fingerprint, if it
+    /// was taken already.
+    pub fn looks_changed(
+        &mut self,
+        mirror: &Mirror,
+        ledger: &Ledger,
+        known: &mut Option<ipvs::Fingerprint>,
+    ) -> Result<bool, Error> {
+        if mirror.servers.len() <= LARGEST_LISTED {
+            let listed = self.listing.fingerprint(|key| match *key {
+                ipvs::VirtualServerKey::Mark { mark, .. } => marks::is_ours(mark),
+                ipvs::VirtualServerKey::Address { .. } => {
+                    mirror.servers.contains_key(key) || ledger.servers().contains_key(key)
+                }
+            });
+            if listed.is_some_and(|listed| {
+                listed != *known.get_or_insert_with(|| ipvs::fingerprint(&mirror.servers))
+            }) {
+                return Ok(true);
+            }
+        }
+        let headers = self.sets.headers()?;
+        Ok(mirror.sets.iter().any(|(name, set)| {
+            let header = headers.iter().find(|header| header.name == name.as_str());
+            header.is_none_or(|header| usize::try_from(header.elements) != Ok(set.entries().len()))
+        }))
+    }
+
+    /// Whether another program may have written rules since ours were last read.
+    pub fn are_rules_disturbed(&mut self) -> bool {
+        self.rules.is_disturbed()
     }
 
     /// Reads the sets of ours.
@@ -444,10 +482,17 @@ impl Kernel {
 
 /// This moment, for [`super::drain`].
 pub fn now() -> Now {
-    let boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map(std::time::Duration::from);
+    let boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map(Duration::from);
     // Without that clock every drain found in the kernel seems to begin now.
     let seconds = boot.unwrap_or_default().as_secs();
     Now { instant: Instant::now(), boot_seconds: u32::try_from(seconds).unwrap_or(0) }
+}
+
+/// What this thread took of its core so far.
+pub fn thread_time() -> Duration {
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID);
+    // Every kernel has that clock; without it looks seem free, and are as frequent as they may be.
+    time.map(Duration::from).unwrap_or_default()
 }
 
 /// Names of every set of ours.

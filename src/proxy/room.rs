@@ -28,7 +28,7 @@ use crate::cluster::service::{Problem, Protocol, Service};
 use crate::cluster::{Dirty, Interests, Kind, ServiceKey, Subscription};
 use crate::host::conntrack::RemovedEndpoint;
 use crate::report::Reporter;
-use crate::schedule::{Due, Schedule};
+use crate::schedule::{Due, Looks, Schedule};
 
 /// Services taken per step: bounds the memory of a cold start and lets it begin serving at once.
 const STEP: usize = 512;
@@ -68,6 +68,9 @@ pub struct Room {
     /// Changes taken from the cluster that no pass has applied yet.
     pending: Dirty,
     schedule: Schedule,
+    looks: Looks,
+    /// Of the mirror's virtual servers, as looks compare it.
+    fingerprint: Option<ipvs::Fingerprint>,
     /// The kernel refused single objects in this turn.
     refused: bool,
     /// The chains were read back and made right in this turn.
@@ -112,6 +115,8 @@ impl Room {
             stale_facts: false,
             pending: Dirty::default(),
             schedule,
+            looks: Looks::new(Instant::now()),
+            fingerprint: None,
             refused: false,
             rules_checked: false,
             rules_wrong: false,
@@ -126,14 +131,16 @@ impl Room {
         self.kernel.watch(self.subscription.waker())?;
         loop {
             let now = Instant::now();
-            let due = self.next_drain_tick.into_iter().chain([self.schedule.next_due()]).min();
-            let sleep =
-                due.map_or(LONGEST_SLEEP, |due| due.saturating_duration_since(now)).min(LONGEST_SLEEP);
             // Nothing can be decided before the lists are complete: until then one look at ten
             // thousand arrivals does, instead of ten thousand wake-ups.
             let listed = self.subscription.cluster().read().has_listed(&NEEDED);
+            let sleep =
+                if listed { self.next_due(now).saturating_duration_since(now) } else { LONGEST_SLEEP };
+            let sleep = sleep.min(LONGEST_SLEEP);
             let dirty = self.subscription.wait(sleep, if listed { Duration::ZERO } else { LISTING_GATHER });
-            let woken = Instant::now();
+            // A change that came while this thread slept woke it at once; one look at the clock less is
+            // worth having where each is a system call.
+            let woken = dirty.since.map_or_else(Instant::now, |since| since.max(now));
             self.shared.turned(woken);
             if self.shared.is_stopping() {
                 return Ok(());
@@ -147,6 +154,16 @@ impl Room {
             merge(&mut self.pending, rest);
             self.turn(woken);
         }
+    }
+
+    /// When the next turn has something to do of itself. Audits begin with the adoption, which only a
+    /// failure puts off.
+    fn next_due(&self, now: Instant) -> Instant {
+        if !self.adopted {
+            return self.schedule.next_retry().unwrap_or(now);
+        }
+        let due = self.schedule.next_due().min(self.looks.next_due());
+        self.next_drain_tick.map_or(due, |tick| tick.min(due))
     }
 
     /// One turn: what is pending, what drains, what is due.
@@ -207,6 +224,8 @@ impl Room {
         } else if let Some(audit) = self.schedule.take_due(started) {
             worked = true;
             clean &= self.audit(audit);
+        } else if !worked && self.looks.is_due(started) {
+            self.look(started);
         }
         self.next_drain_tick = (!self.drains.is_empty())
             .then(|| self.next_drain_tick.filter(|tick| *tick > started).unwrap_or(started + DRAIN_TICK));
@@ -270,10 +289,11 @@ impl Room {
         // Before the first virtual server: IPVS must hand its connections to netfilter.
         self.kernel.prepare(&self.facts);
         let mut touched = self.ledger.put_node(&self.facts);
-        self.pending.services.extend(self.subscription.cluster().read().services.keys().cloned());
         if !self.adopted {
+            // All Services are pending anyway: none was taken yet.
             return true;
         }
+        self.pending.services.extend(self.subscription.cluster().read().services.keys().cloned());
         // A range that comes takes the place of its single VIPs in one step.
         touched.routes = true;
         let clean = self.pass(&Scope::Touched(&touched));
@@ -493,6 +513,9 @@ impl Room {
         if !changes.retype.is_empty() {
             clean &= self.read_kernel();
         }
+        if !changes.servers.is_empty() || !changes.servers_last.is_empty() {
+            self.fingerprint = None;
+        }
         if clean {
             for (key, wanted) in changes.wanted {
                 if refused.contains(&key) {
@@ -659,12 +682,33 @@ impl Room {
         touched.servers.is_empty() || self.pass(&Scope::Touched(&touched))
     }
 
+    /// Looks whether anything seems to have changed; if so, it is read back on the next turn.
+    fn look(&mut self, started: Instant) {
+        let spent = super::kernel::thread_time();
+        if self.kernel.are_rules_disturbed() {
+            self.schedule.suspect_rules();
+        }
+        let looks_changed = self.kernel.looks_changed(&self.mirror, &self.ledger, &mut self.fingerprint);
+        let alarmed = looks_changed.unwrap_or_else(|error| {
+            tracing::debug!(%error, "cannot look at the kernel tables, audits will");
+            false
+        });
+        if alarmed {
+            self.schedule.request_full(started);
+        }
+        // The less: waiting for others on a busy node is no cost, and some kernels count whole ticks.
+        let cost = super::kernel::thread_time().saturating_sub(spent).min(started.elapsed());
+        self.looks.looked(started, cost, alarmed);
+    }
+
     /// Reads kernel tables back and repairs what differs.
     fn audit(&mut self, audit: Due) -> bool {
         let started = Instant::now();
         let mut clean = true;
         if audit.tables {
+            let before = self.shared.drift();
             clean = self.read_kernel() && self.repair();
+            self.looks.audited(self.shared.drift() > before);
             self.kernel.prepare(&self.facts);
         } else if audit.routes {
             clean = self.read_routes() && self.repair();
@@ -691,6 +735,7 @@ impl Room {
         match self.kernel.read(&self.settings, &self.ledger, &self.mirror) {
             Ok(mirror) => {
                 self.mirror = mirror;
+                self.fingerprint = None;
                 true
             }
             Err(error) => self.failed_to("read kernel tables", &error),
@@ -804,7 +849,11 @@ fn missing_scheduler(error: &ipvs::ChangeError) -> Option<ipvs::Scheduler> {
 }
 
 fn merge(pending: &mut Dirty, more: Dirty) {
-    pending.services.extend(more.services);
+    if pending.services.is_empty() {
+        pending.services = more.services;
+    } else {
+        pending.services.extend(more.services);
+    }
     pending.nodes.extend(more.nodes);
     pending.service_cidrs |= more.service_cidrs;
     pending.listed |= more.listed;

@@ -79,6 +79,10 @@ impl Shared {
         self.numbers.drift.fetch_add(changes as u64, Ordering::Relaxed);
     }
 
+    pub(super) fn drift(&self) -> u64 {
+        self.numbers.drift.load(Ordering::Relaxed)
+    }
+
     pub(super) fn held(&self, count: usize) {
         self.numbers.held.store(count as u64, Ordering::Relaxed);
     }
