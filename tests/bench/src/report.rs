@@ -12,7 +12,7 @@ use crate::sides::{Sample, Samples};
 /// All samples of one shape.
 #[derive(Debug, Default, Serialize)]
 pub struct Figures {
-    /// The run that wrote the floor's script; only its "API Service usable" counts.
+    /// The run that wrote the floor's script; only its "API Service ..." count.
     pub captured: Samples,
     /// Runs of ferroute.
     pub ferroute: Vec<Samples>,
@@ -36,10 +36,11 @@ pub struct Report {
 }
 
 /// Rows in their order.
-const ROWS: [&str; 13] = [
+const ROWS: [&str; 14] = [
     "cold start",
     "cold start: tables",
     "cold start: chains",
+    "API Service served",
     "API Service usable",
     "one endpoint added",
     "one endpoint added, woken",

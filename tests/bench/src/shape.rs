@@ -82,7 +82,7 @@ impl Shape {
             Arc::from("kubernetes"),
             Slice { ports: [slice_port("https", 6443)?].into(), endpoints: vec![member] },
         );
-        cluster.apply_service(self.service_with(api, [10, 96, 0, 1].into(), port("https", 443)?, None));
+        cluster.apply_service(self.service_with(api, API_ADDRESS, port("https", 443)?, None));
         for index in 0..self.services {
             self.add(cluster, index)?;
         }
@@ -219,6 +219,9 @@ impl Shape {
 fn key(index: u32) -> ServiceKey {
     ServiceKey::new("shop", format!("service-{index:05}"))
 }
+
+/// Address of the API server's own Service.
+pub const API_ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 1));
 
 /// Address of a Service.
 pub fn vip(index: u32) -> IpAddr {
