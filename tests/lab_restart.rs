@@ -276,7 +276,7 @@ fn drift_is_seen_long_before_the_next_audit() {
     ] {
         node.sh(&sabotage).unwrap();
         let begin = Instant::now();
-        eventually(&sabotage, SOON, || {
+        eventually(&sabotage, 2 * SOON, || {
             let difference = before.difference(&KernelSnapshot::take(node).unwrap());
             if difference.is_empty() { Ok(()) } else { Err(difference.join("\n")) }
         });

@@ -16,7 +16,7 @@ use foldhash::fast::FixedState;
 use crate::cluster::service::Protocol;
 
 /// Destinations that drain.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Drains {
     servers: HashMap<ipvs::VirtualServerKey, HashMap<ipvs::DestinationKey, Draining, FixedState>, FixedState>,
 }

@@ -698,6 +698,7 @@ impl Room {
         }
         // The less: waiting for others on a busy node is no cost, and some kernels count whole ticks.
         let cost = super::kernel::thread_time().saturating_sub(spent).min(started.elapsed());
+        tracing::debug!(?cost, alarmed, "looked at the kernel tables");
         self.looks.looked(started, cost, alarmed);
     }
 
@@ -824,7 +825,8 @@ impl Room {
                         &self.settings,
                         &self.facts,
                         &self.ledger,
-                        &mut self.drains,
+                        // A question must not end a drain.
+                        &mut self.drains.clone(),
                         &self.hold,
                         &mut self.kernel,
                         &self.mirror,
