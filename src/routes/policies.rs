@@ -1,6 +1,6 @@
 //! What peers are given and what they may send, as policies of the `bgp` crate. Pure.
 //!
-//! Own routes carry a tag that says what they are ([`Tag`](super::advertise::Tag)), so policies stay the
+//! Own routes carry a tag that says what they are ([`Tag`]), so policies stay the
 //! same while Services come and go, and nothing but own routes and, on a reflector, those of other nodes ever
 //! leaves: no transit. A prefix that this node advertises itself needs no import rule: its own path
 //! wins whatever a peer sends.
