@@ -4,6 +4,7 @@
 //! The network configuration of runtimes and MTUs stay: they belong to whoever comes next.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use ferroute_iptables::ipset::{self, Change};
 
@@ -19,7 +20,7 @@ use crate::host::tunnel::Encapsulation;
 use crate::host::{Error, Network};
 
 /// Removes chains, then the sets they name; routes and rules, then the tunnels they lead to; the pod
-/// bridge where no pod is on it. Every failure is told and the rest is still done. With `dry_run` only
+/// bridge where nobody uses it. Every failure is told and the rest is still done. With `dry_run` only
 /// tells.
 pub fn cleanup(dry_run: bool) -> Cleanup {
     let mut cleanup = Cleanup::default();
@@ -121,12 +122,18 @@ fn remove_tunnels(network: &mut Network, dry_run: bool, cleanup: &mut Cleanup) -
     Ok(())
 }
 
-/// Pods on the bridge keep their network until their runtime takes them down.
+/// A bridge that has pods, or the address by which a plugin made it their gateway, stays: the network of
+/// pods outlives whoever routed it.
 fn remove_bridge(network: &mut Network, dry_run: bool, cleanup: &mut Cleanup) -> Result<(), Error> {
     let links = network.links()?;
     let Some(bridge) = links.iter().find(|link| link.name == BRIDGE) else { return Ok(()) };
-    if bridge.kind.as_deref() != Some("bridge") || links.iter().any(|link| link.master == Some(bridge.index))
-    {
+    let has_pods = links.iter().any(|link| link.master == Some(bridge.index));
+    if bridge.kind.as_deref() != Some("bridge") || has_pods {
+        return Ok(());
+    }
+    // The kernel gives every link that is up an address of its own.
+    let is_given = |address: IpAddr| !matches!(address, IpAddr::V6(ip) if ip.is_unicast_link_local());
+    if network.addresses()?.iter().any(|at| at.link == bridge.index && is_given(at.address.addr())) {
         return Ok(());
     }
     if !dry_run {
