@@ -696,8 +696,10 @@ impl Room {
         if alarmed {
             self.schedule.request_full(started);
         }
-        // The less: waiting for others on a busy node is no cost, and some kernels count whole ticks.
-        let cost = super::kernel::thread_time().saturating_sub(spent).min(started.elapsed());
+        // Waiting for others on a busy node is no cost; but some kernels count whole ticks, mostly none.
+        let taken = started.elapsed();
+        let spent = super::kernel::thread_time().saturating_sub(spent);
+        let cost = if spent.is_zero() { taken } else { spent.min(taken) };
         tracing::debug!(?cost, alarmed, "looked at the kernel tables");
         self.looks.looked(started, cost, alarmed);
     }
