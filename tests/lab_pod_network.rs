@@ -319,7 +319,7 @@ fn learned_routes_reach_the_kernel_are_kept_right_and_go_without_a_trace() {
     // Stopped, everything stays; started again with the same news, nothing is written. Link-local addresses
     // come when the kernel has found them to be nobody else's.
     on_a.stop();
-    let everything = "ip route show table all; ip -6 route show table all | grep -v fe80::; ip rule; ip -6 rule; ip link; \
+    let everything = "(ip route show table all; ip -6 route show table all) | grep -v fe80::; ip rule; ip -6 rule; ip link; \
         ip -d link show type ipip; ip -d link show type ip6tnl; ipset list; iptables-legacy-save | grep KUBE";
     let kept = a.script(everything).unwrap();
     on_b.stop();
