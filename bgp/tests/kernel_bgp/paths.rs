@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use ferroute_bgp::bfd::{Hops, State as PathState, Timers};
+use ferroute_bgp::fsm::Initiative;
 use ferroute_bgp::peer::PeerBfd;
 use ferroute_kit::serial;
 
@@ -86,6 +87,8 @@ fn what_ends_on_purpose_breaks_nothing() {
     let (a, b) = wire("bp");
     let (left, right) = (a.start(a.settings()), b.start(b.settings()));
     let (mut there, mut here) = (b.as_peer(b.v4()), a.as_peer(a.v4()));
+    // One side dials: two connections at once may end one session that is up already.
+    (there.initiative, here.initiative) = (Initiative::DialOnly, Initiative::Passive);
     left.peers(vec![there.clone()]);
     right.peers(vec![here.clone()]);
     left.established(b.v4());
