@@ -6,6 +6,9 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use ferroute_iptables::SetName;
+use ferroute_iptables::ipset::{self, Change, Header};
+
 use crate::cni::install::{self, BIN_DIR};
 use crate::{netpol, network, proxy};
 
@@ -16,6 +19,48 @@ pub struct Cleanup {
     pub removed: Vec<String>,
     /// What stays although it is ours, and why.
     pub failures: Vec<String>,
+}
+
+impl Cleanup {
+    /// Destroys the sets that `ours` picks of those the kernel has, in that order; nothing may name them any
+    /// more. With `dry_run` only tells. A kernel that knows no sets has none of ours.
+    pub fn destroy_sets(&mut self, ours: impl FnOnce(&[Header]) -> Vec<SetName>, dry_run: bool) {
+        match ipset::Handle::open() {
+            Ok(mut sets) => self.destroy_sets_in(&mut sets, ours, dry_run),
+            Err(ipset::Error::NoKernelSupport) => {}
+            Err(error) => self.failures.push(error.to_string()),
+        }
+    }
+
+    /// The same through a handle that is open.
+    pub fn destroy_sets_in(
+        &mut self,
+        sets: &mut ipset::Handle,
+        ours: impl FnOnce(&[Header]) -> Vec<SetName>,
+        dry_run: bool,
+    ) {
+        let present = match sets.headers() {
+            Ok(present) => present,
+            Err(error) => return self.failures.push(error.to_string()),
+        };
+        let ours = ours(&present);
+        let changes: Vec<_> = ours.iter().map(|set| Change::Destroy { set: *set }).collect();
+        let failures = match if dry_run { Ok(Vec::new()) } else { sets.apply(&changes) } {
+            Ok(failures) => failures,
+            Err(error) => return self.failures.push(error.to_string()),
+        };
+        for (index, name) in ours.iter().enumerate() {
+            match failures.iter().find(|failure| failure.change == index) {
+                Some(failure) => self.failures.push(failure.to_string()),
+                None => self.removed.push(format!("ipset {name}")),
+            }
+        }
+    }
+}
+
+/// Of these sets, those that the kernel has.
+pub fn present(names: Vec<SetName>, kernel: &[Header]) -> Vec<SetName> {
+    names.into_iter().filter(|name| kernel.iter().any(|header| header.name == name.as_str())).collect()
 }
 
 /// What was done, ready to print.

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use prometheus::HistogramOpts;
@@ -97,6 +98,12 @@ impl Histogram {
         line(out, &format!("{name}_sum"), "", self.sum);
         line(out, &format!("{name}_count"), "", self.count);
     }
+}
+
+/// What is behind a lock that many read. It is changed by whole values, so it stays usable after a panic
+/// elsewhere; the supervisor ends the process anyway.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The head of a family of which a room writes the samples itself.

@@ -131,16 +131,7 @@ fn render(cluster: &Cluster, settings: &Settings) -> String {
 fn check(case: &str) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case);
     let actual = render(&read(&folder), &settings());
-    let file = folder.join("kernel.txt");
-    if std::env::var_os("FERROUTE_BLESS").is_some() {
-        std::fs::write(&file, &actual).unwrap();
-        return;
-    }
-    let expected = std::fs::read_to_string(&file).unwrap_or_default();
-    for (number, (have, want)) in actual.lines().zip(expected.lines()).enumerate() {
-        assert_eq!(have, want, "{case}/kernel.txt line {}", number + 1);
-    }
-    assert_eq!(actual.lines().count(), expected.lines().count(), "{case}/kernel.txt has another length");
+    ferroute_kit::assert::golden(&folder.join("kernel.txt"), &actual);
 }
 
 #[test]

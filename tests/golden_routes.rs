@@ -147,16 +147,7 @@ fn check(case: &str) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case);
     let actual = render(&read(&folder), &settings(&folder));
     assert!(!actual.contains("c2VjcmV0"), "a secret shows");
-    let file = folder.join("bgp.txt");
-    if std::env::var_os("FERROUTE_BLESS").is_some() {
-        std::fs::write(&file, &actual).unwrap();
-        return;
-    }
-    let expected = std::fs::read_to_string(&file).unwrap_or_default();
-    for (number, (have, want)) in actual.lines().zip(expected.lines()).enumerate() {
-        assert_eq!(have, want, "{case}/bgp.txt line {}", number + 1);
-    }
-    assert_eq!(actual.lines().count(), expected.lines().count(), "{case}/bgp.txt has another length");
+    ferroute_kit::assert::golden(&folder.join("bgp.txt"), &actual);
 }
 
 #[test]

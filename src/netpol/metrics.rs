@@ -4,8 +4,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::view::lock;
-use crate::metrics::{Histogram, head, line};
+use crate::metrics::{Histogram, head, line, lock};
 
 /// Counters and gauges of the room.
 #[derive(Default)]

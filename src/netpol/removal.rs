@@ -3,7 +3,7 @@
 //! needed; kube-router's own leftovers of the same names go too.
 
 use ferroute_iptables::SetName;
-use ferroute_iptables::ipset::{self, Change};
+use ferroute_iptables::ipset::Header;
 use ferroute_policy::CHAIN_PREFIXES;
 
 use super::kernel::set_prefixes;
@@ -17,33 +17,11 @@ use crate::cleanup::Cleanup;
 pub fn cleanup(dry_run: bool) -> Cleanup {
     let mut cleanup = Cleanup::default();
     chains::remove_everywhere(&CHAIN_PREFIXES, dry_run, &mut cleanup);
-    match ipset::Handle::open() {
-        Ok(mut sets) => {
-            if let Err(error) = remove_sets(&mut sets, dry_run, &mut cleanup) {
-                cleanup.failures.push(error.to_string());
-            }
-        }
-        Err(ipset::Error::NoKernelSupport) => {}
-        Err(error) => cleanup.failures.push(error.to_string()),
-    }
-    cleanup
-}
-
-fn remove_sets(sets: &mut ipset::Handle, dry_run: bool, cleanup: &mut Cleanup) -> Result<(), ipset::Error> {
     let prefixes = set_prefixes();
-    let ours: Vec<SetName> = sets
-        .headers()?
-        .iter()
-        .filter(|header| prefixes.iter().any(|prefix| header.name.starts_with(prefix)))
-        .filter_map(|header| SetName::new(&header.name).ok())
-        .collect();
-    let changes: Vec<Change> = ours.iter().map(|set| Change::Destroy { set: *set }).collect();
-    let failures = if dry_run { Vec::new() } else { sets.apply(&changes)? };
-    for (index, name) in ours.iter().enumerate() {
-        match failures.iter().find(|failure| failure.change == index) {
-            Some(failure) => cleanup.failures.push(failure.to_string()),
-            None => cleanup.removed.push(format!("ipset {name}")),
-        }
-    }
-    Ok(())
+    let is_ours = |header: &&Header| prefixes.iter().any(|prefix| header.name.starts_with(prefix));
+    let ours = |present: &[Header]| {
+        present.iter().filter(is_ours).filter_map(|header| SetName::new(&header.name).ok()).collect()
+    };
+    cleanup.destroy_sets(ours, dry_run);
+    cleanup
 }

@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::explain::{Answer, Question, Unanswerable};
@@ -14,6 +14,7 @@ use super::starting::{NotProgrammed, Reply, StartingPod};
 use super::status::Status;
 use crate::cluster::{ObjectKey, Waker};
 use crate::health::Passes;
+use crate::metrics::lock;
 
 /// An answer may come this much after its deadline: the room ends the pass it is in first.
 const GRACE: Duration = Duration::from_millis(500);
@@ -37,11 +38,6 @@ pub(super) struct Shared {
     stopping: AtomicBool,
     health: Mutex<Passes>,
     pub(super) numbers: Numbers,
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Numbers stay usable after a panic elsewhere; the supervisor ends the process anyway.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {

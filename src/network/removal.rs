@@ -6,13 +6,11 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use ferroute_iptables::ipset::{self, Change};
-
 use super::egress::{BRIDGE, CHAINS, set_names};
 use super::fib::TABLE_PODS;
 use super::overlay;
 use crate::chains;
-use crate::cleanup::Cleanup;
+use crate::cleanup::{Cleanup, present};
 use crate::host::fou::Listeners;
 use crate::host::route::{PROTOCOL, RouteChange, RouteFilter, TABLE_MAIN};
 use crate::host::rule::RuleChange;
@@ -25,15 +23,7 @@ use crate::host::{Error, Network};
 pub fn cleanup(dry_run: bool) -> Cleanup {
     let mut cleanup = Cleanup::default();
     chains::remove_everywhere(&CHAINS, dry_run, &mut cleanup);
-    match ipset::Handle::open() {
-        Ok(mut sets) => {
-            if let Err(error) = remove_sets(&mut sets, dry_run, &mut cleanup) {
-                cleanup.failures.push(error.to_string());
-            }
-        }
-        Err(ipset::Error::NoKernelSupport) => {}
-        Err(error) => cleanup.failures.push(error.to_string()),
-    }
+    cleanup.destroy_sets(|kernel| present(set_names(), kernel), dry_run);
     match Network::open() {
         Ok(mut network) => {
             let steps: [Step; 4] = [remove_rules, remove_routes, remove_tunnels, remove_bridge];
@@ -49,23 +39,6 @@ pub fn cleanup(dry_run: bool) -> Cleanup {
 }
 
 type Step = fn(&mut Network, bool, &mut Cleanup) -> Result<(), Error>;
-
-fn remove_sets(sets: &mut ipset::Handle, dry_run: bool, cleanup: &mut Cleanup) -> Result<(), ipset::Error> {
-    let present = sets.headers()?;
-    let ours: Vec<_> = set_names()
-        .into_iter()
-        .filter(|name| present.iter().any(|header| header.name == name.as_str()))
-        .collect();
-    let changes: Vec<Change> = ours.iter().map(|set| Change::Destroy { set: *set }).collect();
-    let failures = if dry_run { Vec::new() } else { sets.apply(&changes)? };
-    for (index, name) in ours.iter().enumerate() {
-        match failures.iter().find(|failure| failure.change == index) {
-            Some(failure) => cleanup.failures.push(failure.to_string()),
-            None => cleanup.removed.push(format!("ipset {name}")),
-        }
-    }
-    Ok(())
-}
 
 fn remove_rules(network: &mut Network, dry_run: bool, cleanup: &mut Cleanup) -> Result<(), Error> {
     let present = network.rules_into(TABLE_PODS)?;

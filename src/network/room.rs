@@ -24,7 +24,7 @@ use super::learned::{Feed, Learned};
 use super::node_address::{Host, NodeAddresses, Purpose, reach};
 use super::overlay::{self, TunnelChange, Wanted};
 use super::settings::{Reach, Settings};
-use super::view::{Request, Shared, Status, View, lock};
+use super::view::{Request, Shared, Status, View};
 use crate::chains;
 use crate::cluster::{Kind, Subscription};
 use crate::disturbance::Disturbance;
@@ -34,6 +34,7 @@ use crate::host::route::{self, RouteChange, RouteKey, TABLE_MAIN};
 use crate::host::sysctl::{Outcome, Sysctls, policy_settings};
 use crate::host::tunnel::Encapsulation;
 use crate::host::{self, Family};
+use crate::metrics::lock;
 use crate::schedule::Schedule;
 
 /// Longest sleep: the loop turns at least so often, which is what liveness means.

@@ -3,7 +3,7 @@
 use std::fmt::{self, Display};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::learned::Feed;
 use crate::cluster::Waker;
 use crate::health::Passes;
-use crate::metrics::{Histogram, head, line};
+use crate::metrics::{Histogram, head, line, lock};
 
 /// Asks for the status; the room answers between two passes.
 pub(super) type Request = SyncSender<Status>;
@@ -34,11 +34,6 @@ pub(super) struct Shared {
     stopping: AtomicBool,
     health: Mutex<Passes>,
     pub(super) numbers: Numbers,
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Numbers stay usable after a panic elsewhere; the supervisor ends the process anyway.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {

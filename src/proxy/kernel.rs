@@ -488,13 +488,6 @@ pub fn now() -> Now {
     Now { instant: Instant::now(), boot_seconds: u32::try_from(seconds).unwrap_or(0) }
 }
 
-/// What this thread took of its core so far.
-pub fn thread_time() -> Duration {
-    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID);
-    // Every kernel has that clock; without it looks seem free, and are as frequent as they may be.
-    time.map(Duration::from).unwrap_or_default()
-}
-
 /// Names of every set of ours.
 pub fn set_names(families: &[Family]) -> Vec<SetName> {
     Role::ALL

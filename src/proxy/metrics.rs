@@ -5,14 +5,14 @@
 //! kube-proxy's where the meaning is the same.
 
 use std::fmt::Display;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ferroute_ipvs as ipvs;
 
 use super::kernel::ServiceStatistics;
 use super::work::{TABLES, Work};
-use crate::metrics::{Histogram, escaped, head, line};
+use crate::metrics::{Histogram, escaped, head, line, lock};
 
 /// Counters and gauges of the room.
 #[derive(Default)]
@@ -131,11 +131,6 @@ pub(super) fn write(
         "Time from a change of endpoints, as its EndpointSlice tells it, else from its decoding, to the kernel's last acknowledgement in seconds",
     );
     write_services(out, services);
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Numbers stay usable after a panic elsewhere; the supervisor ends the process anyway.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 type Field = (&'static str, &'static str, &'static str, fn(&ipvs::Statistics) -> u64);

@@ -13,7 +13,7 @@ use super::marks;
 use super::rules::CHAINS;
 use super::sets::{Role, SetId};
 use crate::chains;
-use crate::cleanup::Cleanup;
+use crate::cleanup::{Cleanup, present};
 use crate::host::Network;
 use crate::host::route::{PROTOCOL, RouteChange, RouteFilter, TABLE_LOCAL};
 
@@ -29,7 +29,8 @@ pub fn cleanup(dry_run: bool) -> Cleanup {
         Ok(mut sets) => {
             remove_servers(&mut cleanup, &mut sets, dry_run);
             remove_routes(&mut cleanup, dry_run);
-            remove_sets(&mut cleanup, &mut sets, dry_run);
+            let ours = |kernel: &[ipset::Header]| present(set_names(&Family::BOTH), kernel);
+            cleanup.destroy_sets_in(&mut sets, ours, dry_run);
         }
         Err(ipset::Error::NoKernelSupport) => remove_routes(&mut cleanup, dry_run),
         Err(error) => {
@@ -112,28 +113,4 @@ fn try_remove_routes(cleanup: &mut Cleanup, dry_run: bool) -> Result<(), crate::
         }
     }
     Ok(())
-}
-
-fn remove_sets(cleanup: &mut Cleanup, sets: &mut ipset::Handle, dry_run: bool) {
-    let present = match sets.headers() {
-        Ok(headers) => headers,
-        Err(error) => return cleanup.failures.push(error.to_string()),
-    };
-    let ours: Vec<_> = set_names(&Family::BOTH)
-        .into_iter()
-        .filter(|name| present.iter().any(|header| header.name == name.as_str()))
-        .collect();
-    let changes: Vec<_> = ours.iter().map(|set| ipset::Change::Destroy { set: *set }).collect();
-    let failures = if dry_run { Ok(Vec::new()) } else { sets.apply(&changes) };
-    match failures {
-        Ok(failures) => {
-            for (index, name) in ours.iter().enumerate() {
-                match failures.iter().find(|failure| failure.change == index) {
-                    Some(failure) => cleanup.failures.push(failure.to_string()),
-                    None => cleanup.removed.push(format!("ipset {name}")),
-                }
-            }
-        }
-        Err(error) => cleanup.failures.push(error.to_string()),
-    }
 }

@@ -7,12 +7,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::kernel::ServiceStatistics;
-use super::metrics::{Numbers, lock};
+use super::metrics::Numbers;
 use super::programmed::Programmed;
 use super::status::Status;
 use super::work::Work;
 use crate::cluster::{Dirty, Waker};
 use crate::health::Passes;
+use crate::metrics::lock;
 
 /// Questions the room answers between two passes, since it alone owns the kernel handles.
 pub(super) enum Request {

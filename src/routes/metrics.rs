@@ -9,8 +9,8 @@ use ferroute_bgp::message::AfiSafi;
 
 use super::advertise::{Difference, Tag};
 use super::peers::Kind;
-use super::view::{View, lock};
-use crate::metrics::{Histogram, Page};
+use super::view::View;
+use crate::metrics::{Histogram, Page, lock};
 
 /// What the room counts itself.
 #[derive(Debug, Default)]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ferroute_bgp::peer::PeerKey;
@@ -16,6 +16,7 @@ use super::metrics::Numbers;
 use super::peers::Kind;
 use crate::cluster::Waker;
 use crate::health::Passes;
+use crate::metrics::lock;
 
 /// Written by the room and read by everybody.
 pub(super) struct Shared {
@@ -31,11 +32,6 @@ pub(super) struct Shared {
 pub(super) struct Known {
     pub identity: Option<Identity>,
     pub peers: BTreeMap<PeerKey, Kind>,
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is behind these locks is changed by single assignments.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {

@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use ferroute_bgp::fsm::Shutdown;
-use ferroute_bgp::message::{Community, Families, LargeCommunity};
-use ferroute_bgp::speaker::RestartConfig;
+use ferroute_bgp::message::{Community, LargeCommunity};
 use ferroute_bgp::transport::Password;
 use ferroute_kit::serial;
 
@@ -210,19 +209,9 @@ fn a_killed_speaker_keeps_its_routes_in_bird() {
     let _serial = serial();
     let (a, b) = wire("bg");
     let bird = Bird::start(&b, &a, "");
-    let settings = |restarted| {
-        let mut config = a.settings();
-        config.restart = Some(RestartConfig {
-            time: 60,
-            forwarding: Families::ALL,
-            restarted,
-            deferral: Duration::from_secs(10),
-        });
-        config
-    };
     let routes = ["10.96.0.10/32", "2001:db8:a::10/128"];
     let start = |restarted| {
-        let node = a.start(settings(restarted));
+        let node = a.start(a.restarting(restarted));
         node.peers(vec![b.as_peer(b.v4())]);
         node
     };

@@ -1,7 +1,6 @@
 //! The same stories with each make of router: as an external peer, signed, and as a route reflector.
 
-use ferroute_bgp::message::{Community, Families, LargeCommunity};
-use ferroute_bgp::speaker::RestartConfig;
+use ferroute_bgp::message::{Community, LargeCommunity};
 use ferroute_bgp::transport::{Password, Reach};
 use ferroute_kit::serial;
 
@@ -40,16 +39,6 @@ fn an_external_router(make: Make, name: &str) {
     let _serial = serial();
     let (a, b) = wire(name);
     let router = Router::start(make, &b, ROUTER_ASN, &[neighbor(&a, a.v4()), neighbor(&a, a.v6())]);
-    let settings = |restarted| {
-        let mut config = a.settings();
-        config.restart = Some(RestartConfig {
-            time: 60,
-            forwarding: Families::ALL,
-            restarted,
-            deferral: Duration::from_secs(10),
-        });
-        config
-    };
     let peers = |asn| [b.v4(), b.v6()].map(|address| router_as_peer(&b, address, asn)).to_vec();
     let attributes = Attributes {
         communities: vec![Community::new(64001, 7)],
@@ -60,7 +49,7 @@ fn an_external_router(make: Make, name: &str) {
     let own = ["10.96.0.10/32", "2001:db8:a::10/128"];
     let advertisements = || own.map(|prefix| advertisement(prefix, 0, attributes.clone())).to_vec();
 
-    let node = a.start(settings(false));
+    let node = a.start(a.restarting(false));
     node.speaker.set_advertisements(advertisements());
     node.peers(peers(64_999));
     node.error(b.v4(), "4200000002");
@@ -82,7 +71,7 @@ fn an_external_router(make: Make, name: &str) {
     ferroute_kit::assert::throughout("kept routes", Duration::from_secs(2), || {
         if own.iter().all(|prefix| router.has(prefix)) { Ok(()) } else { Err("withdrawn".to_owned()) }
     });
-    let node = a.start(settings(true));
+    let node = a.start(a.restarting(true));
     node.peers(peers(ROUTER_ASN));
     node.established(b.v4());
     node.established(b.v6());

@@ -14,11 +14,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferroute_bgp::fsm::State;
-use ferroute_bgp::message::{AfiSafi, Asn, Attributes, RouterId};
+use ferroute_bgp::message::{AfiSafi, Asn, Attributes, Families, RouterId};
 use ferroute_bgp::peer::{PeerConfig, PeerKey, PeerStatus};
 use ferroute_bgp::policy::{LocalAddresses, Policy};
 use ferroute_bgp::session::PeerAsn;
-use ferroute_bgp::speaker::{Advertisement, Speaker, SpeakerConfig};
+use ferroute_bgp::speaker::{Advertisement, RestartConfig, Speaker, SpeakerConfig};
 use ferroute_kit::Netns;
 use ferroute_kit::assert::eventually;
 use ipnet::IpNet;
@@ -94,6 +94,18 @@ impl Host {
         config.listen = vec!["0.0.0.0:179".parse().unwrap(), "[::]:179".parse().unwrap()];
         let (IpAddr::V4(v4), IpAddr::V6(v6)) = (self.v4(), self.v6()) else { unreachable!() };
         config.addresses = LocalAddresses { v4: Some(v4), v6: Some(v6), link_local: None };
+        config
+    }
+
+    /// The same with graceful restart; `restarted`: it takes over from a former one.
+    fn restarting(&self, restarted: bool) -> SpeakerConfig {
+        let mut config = self.settings();
+        config.restart = Some(RestartConfig {
+            time: 60,
+            forwarding: Families::ALL,
+            restarted,
+            deferral: Duration::from_secs(10),
+        });
         config
     }
 

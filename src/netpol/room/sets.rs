@@ -9,8 +9,8 @@ use ferroute_policy::{Direction, Key, policy_chain};
 
 use super::Room;
 use crate::cluster::service::Problem;
+use crate::metrics::lock;
 use crate::netpol::gather;
-use crate::netpol::view::lock;
 
 /// What became of set changes.
 pub(super) struct Made {

@@ -1,10 +1,27 @@
 //! Poll to a deadline; a failure prints what was wanted, what there is, and the difference.
 
 use std::fmt::Debug;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(20);
+
+/// Compares with a golden file, line by line; with `FERROUTE_BLESS` in the environment writes it instead.
+///
+/// # Panics
+/// At the first line that differs.
+pub fn golden(file: &Path, actual: &str) {
+    if std::env::var_os("FERROUTE_BLESS").is_some() {
+        std::fs::write(file, actual).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        return;
+    }
+    let expected = std::fs::read_to_string(file).unwrap_or_default();
+    for (number, (have, want)) in actual.lines().zip(expected.lines()).enumerate() {
+        assert_eq!(have, want, "{} line {}", file.display(), number + 1);
+    }
+    assert_eq!(actual.lines().count(), expected.lines().count(), "{} has another length", file.display());
+}
 
 /// Looks until it gets `Ok`; that value.
 ///
