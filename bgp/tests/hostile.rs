@@ -547,7 +547,12 @@ fn multiprotocol() -> Vec<Case> {
         case("IPv6 prefix of 129 bits", external(), reach6(&GLOBAL, &[129]), Reset(3, 9)),
         case("IPv6 prefix cut off", external(), reach6(&GLOBAL, &[64, 0x20, 1]), Reset(3, 9)),
         case("IPv4 with IPv6 next hop", unnumbered(), ipv4(&LINK_LOCAL), Clean(1, 0)),
-        case("FRR 7f040da1a: IPv4 with IPv6 next hop, not agreed", external(), ipv4(&GLOBAL), Reset(3, 9)),
+        case(
+            "FRR 7f040da1a: IPv4 with IPv6 next hop, not agreed, as GoBGP has it over IPv6",
+            external(),
+            ipv4(&GLOBAL),
+            Withdraw(1, &[14]),
+        ),
         case("IPv4 in MP_REACH_NLRI", external(), ipv4(&[192, 0, 2, 1]), Clean(1, 0)),
         case(
             "RFC 7606 3 g: MP_REACH_NLRI twice",

@@ -172,6 +172,8 @@ fn external_peer(
     config.reach = settings.external.multihop.map(Reach::Hops);
     config.hold_time = settings.external.hold_time;
     config.families = identity.families();
+    // As GoBGP has it: its IPv4 routes come with IPv6 next hops over such a session.
+    config.extended_next_hop = peer.address.is_ipv6();
     config.bfd = peer.bfd.map(|timers| PeerBfd {
         timers,
         hops: settings
@@ -233,6 +235,7 @@ fn internal_peer(
     config.source = Some(source);
     config.hold_time = HOLD_TIME;
     config.families = families(v4.is_some(), v6.is_some()).and(identity.families());
+    config.extended_next_hop = address.is_ipv6();
     config.routes.client = reflects && is_client;
     config.routes.import = Some(policies.internal_import.clone());
     config.routes.export = Some(policies.internal_export.clone());

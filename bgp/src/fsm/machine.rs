@@ -50,6 +50,8 @@ enum Side {
 struct Connection {
     id: ConnectionId,
     opened_by: Side,
+    /// There was a session when it was opened.
+    anew: bool,
     stage: Stage,
     hold: Option<Instant>,
     keepalive: Option<Instant>,
@@ -253,9 +255,11 @@ impl Machine {
     }
 
     fn greet(&mut self, id: ConnectionId, opened_by: Side, now: Instant, actions: &mut Vec<Action>) {
+        let anew = self.established().is_some();
         self.connections.push(Connection {
             id,
             opened_by,
+            anew,
             stage: Stage::OpenSent(self.offer),
             hold: Some(now + OPEN_WAIT),
             keepalive: None,
@@ -301,10 +305,11 @@ impl Machine {
         let theirs = self.connections[index].opened_by == Side::Theirs;
         let (cause, wins) = if self.connections[other].state() == State::Established {
             // A peer that can restart and connects anew has restarted: its old connection is dead
-            // (RFC 4724 section 4.2). Else the session that works is kept.
+            // (RFC 4724 section 4.2). Else, as when both dialed at once, the session that works is
+            // kept.
             let restarts =
                 self.connections[other].negotiated().is_some_and(|negotiated| negotiated.restart.is_some());
-            (Cause::Restarted, restarts && theirs)
+            (Cause::Restarted, restarts && theirs && self.connections[index].anew)
         } else {
             // The connection opened by the side with the higher identifier is kept; of equal
             // identifiers, by the side with the higher AS (RFC 6286 section 2.3). Both sides see

@@ -413,6 +413,12 @@ fn an_established_session_is_kept_unless_the_peer_can_restart() {
     run.on(Event::Accepted(SECOND));
     assert_eq!(words(&run.on(Event::Open(SECOND, peer_open(20)))), "1.close down-retain 2!KEEPALIVE");
     assert_eq!(words(&run.on(Event::Keepalive(SECOND))), "2.up");
+    // It had connected before there was a session: it has not restarted.
+    let mut run = Run::new(Initiative::Both);
+    run.all([Event::Start, Event::Dialed(FIRST), Event::Open(FIRST, peer_open(20))]);
+    run.all([Event::Accepted(SECOND), Event::Keepalive(FIRST)]);
+    assert_eq!(words(&run.on(Event::Open(SECOND, peer_open(20)))), "2!6/7 2.close");
+    assert_eq!(run.machine.established(), Some(FIRST));
 }
 
 #[test]

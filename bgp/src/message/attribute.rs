@@ -264,9 +264,6 @@ impl<'a> Parsed<'a> {
         }
         let next_hop = match (family, next_hop.len()) {
             (AfiSafi::Ipv4Unicast, 4) => NextHop::V4(fixed(next_hop)?.into()),
-            (AfiSafi::Ipv4Unicast, _) if !codec.extended_next_hop => {
-                return Err(Refusal::Reset("has a next hop of a length that its family cannot have"));
-            }
             (_, 16) => NextHop::V6 { global: address(next_hop), link_local: None },
             (_, 32) => {
                 let (global, link_local) = next_hop.split_at(16);
@@ -277,11 +274,15 @@ impl<'a> Parsed<'a> {
             _ => return Err(Refusal::Reset("has a next hop of a length that its family cannot have")),
         };
         self.reach = Some((family, next_hop, routes));
-        if is_host(&next_hop) {
-            Ok(())
-        } else {
-            Err(Refusal::Flaw(Withdraw, "has a next hop that is no address of a host"))
+        if !is_host(&next_hop) {
+            return Err(Refusal::Flaw(Withdraw, "has a next hop that is no address of a host"));
         }
+        // GoBGP sends these over every IPv6 session. Their lengths are those of RFC 8950, so the
+        // prefixes are found, and the session need not end (RFC 7606 section 7.11).
+        if family == AfiSafi::Ipv4Unicast && next_hop.address().is_ipv6() && !codec.extended_next_hop {
+            return Err(Refusal::Flaw(Withdraw, "has an IPv6 next hop, which was not agreed on for IPv4"));
+        }
+        Ok(())
     }
 
     /// Checks that need all attributes: those that must be there, and what a two-octet speaker split.

@@ -66,6 +66,7 @@ fn an_external_router(make: Make, name: &str) {
         let now = node.peer(b.v4()).received.update;
         if now > before { Ok(()) } else { Err(format!("{before} {now}")) }
     });
+    node.never_flapped([b.v4(), b.v6()]);
 
     node.kill();
     ferroute_kit::assert::throughout("kept routes", Duration::from_secs(2), || {
@@ -81,6 +82,7 @@ fn an_external_router(make: Make, name: &str) {
     node.speaker.set_advertisements(vec![advertisement(own[1], 0, attributes.clone())]);
     router.loses(own[0]);
     router.shows(own[1], &["64001"]);
+    node.never_flapped([b.v4(), b.v6()]);
 }
 
 #[test]
@@ -124,6 +126,7 @@ fn a_signed_router(make: Make, name: &str) {
     router.shows("10.96.0.10/32", &["10.9.0.1"]);
     router.shows("2001:db8:a::10/128", &["fd09::1"]);
     learns(&node, &OWN);
+    node.never_flapped([b.v4(), b.v6()]);
 }
 
 #[test]
@@ -196,6 +199,8 @@ fn a_reflector(make: Make, name: &str) {
         learned if learned.iter().filter(|route| route.starts_with(v4)).count() == 1 => Ok(()),
         learned => Err(format!("{learned:?}")),
     });
+    left.never_flapped([r.v4()]);
+    right.never_flapped([r.v4()]);
 }
 
 #[test]

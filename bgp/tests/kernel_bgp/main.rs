@@ -169,6 +169,14 @@ impl Node {
         })
     }
 
+    /// No session has ended since this node started.
+    fn never_flapped(&self, keys: impl IntoIterator<Item = IpAddr>) {
+        for key in keys {
+            let status = self.peer(key);
+            assert_eq!((status.established, status.flaps), (1, 0), "{status:#?}");
+        }
+    }
+
     fn error(&self, key: impl Into<PeerKey>, text: &str) {
         let key = key.into();
         eventually("words", PATIENCE, || {
