@@ -6,127 +6,39 @@
 
 mod lab;
 
-use std::collections::BTreeSet;
-use std::fs;
 use std::net::TcpListener;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use ferroute_kit::assert::{eventually, eventually_equal, throughout};
-use ferroute_kit::{Cluster, Netns, serial};
+use ferroute_kit::assert::{eventually, throughout};
+use ferroute_kit::{Cluster, serial};
+use lab::bgp::*;
+use lab::bird::Bird;
 use lab::*;
-use serde_json::{Value, json};
+use serde_json::json;
 
 const ROUTER: &[&str] = &["--run-router=true", "--peer-router-ips=10.10.0.1", "--peer-router-asns=65000"];
 /// Everything is running after this, also while other labs share the machine.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// A session takes this long at most.
-const SESSION: Duration = Duration::from_secs(60);
 
-/// A BIRD 2 at the cluster's router, AS 65000, with a session for each node. It touches no kernel route.
-struct Bird {
-    process: Child,
-    directory: PathBuf,
-    netns: Netns,
-}
-
-impl Bird {
-    fn start(cluster: &Cluster) -> Self {
-        let directory = std::env::temp_dir().join(format!("ferroute-lab-routes-{}", std::process::id()));
-        fs::create_dir_all(&directory).unwrap();
-        let mut config = "router id 10.10.0.1; graceful restart wait 3;
+/// A BIRD at the cluster's router, AS 65000, with a session for each node. It touches no kernel route.
+fn bird_at_the_router(cluster: &Cluster) -> Bird {
+    let mut config = "router id 10.10.0.1; graceful restart wait 3;
              protocol device { }
              protocol static { ipv4; route 198.51.100.0/24 blackhole; route 0.0.0.0/0 blackhole; }\n"
-            .to_owned();
-        for node in &cluster.nodes {
-            config += &format!(
-                "protocol bgp {name} {{
+        .to_owned();
+    for node in &cluster.nodes {
+        config += &format!(
+            "protocol bgp {name} {{
                    local 10.10.0.1 as 65000; neighbor {address} as 64512;
                    connect delay time 1; connect retry time 1; error wait time 1, 2; graceful restart on;
                    ipv4 {{ import all; export where source = RTS_STATIC; next hop self; }};
                    ipv6 {{ import all; export none; }};
                  }}\n",
-                name = node.name,
-                address = node.ips[0],
-            );
-        }
-        fs::write(directory.join("bird.conf"), config).unwrap();
-        let mut command = Command::new("bird");
-        command.current_dir(&directory).args(["-f", "-c", "bird.conf", "-s", "bird.ctl", "-P", "bird.pid"]);
-        command.stdout(Stdio::null()).stderr(Stdio::inherit());
-        let process =
-            cluster.router.run(|| command.spawn()).expect("these tests need BIRD 2 (Debian: bird2)");
-        let bird = Self { process, directory, netns: cluster.router.clone() };
-        eventually("BIRD", SOON, || bird.ask("show status").map(|_| ()));
-        bird
+            name = node.name,
+            address = node.ips[0],
+        );
     }
-
-    fn ask(&self, question: &str) -> Result<String, String> {
-        let socket = self.directory.join("bird.ctl");
-        let mut words = vec!["-s", socket.to_str().unwrap()];
-        words.extend(question.split(' '));
-        self.netns.exec("birdc", &words).map_err(|error| error.to_string())
-    }
-
-    /// The prefixes that a node sent.
-    fn routes(&self, node: &str) -> BTreeSet<String> {
-        let answer = self.ask(&format!("show route protocol {node}")).unwrap_or_default();
-        let words = answer.lines().filter_map(|line| line.split_whitespace().next());
-        words.filter(|word| word.contains('/')).map(str::to_owned).collect()
-    }
-
-    /// Waits until a node has sent exactly these.
-    fn learns(&self, node: &str, wanted: &[&str]) {
-        let wanted: BTreeSet<String> = wanted.iter().map(|prefix| (*prefix).to_owned()).collect();
-        eventually_equal(&format!("routes of {node} in BIRD"), SESSION, &wanted, || self.routes(node));
-    }
-}
-
-impl Drop for Bird {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-        let _ = fs::remove_dir_all(&self.directory);
-    }
-}
-
-fn bgp(lab: &Lab, number: usize, words: &[&str]) -> Value {
-    let socket = format!("--admin-socket={}", lab.admin_socket(lab.node(number)));
-    let mut all = vec!["bgp"];
-    all.extend(words);
-    all.extend(["--output=json", &socket]);
-    serde_json::from_str(&lab.node(number).exec(PROGRAM, &all).unwrap()).unwrap()
-}
-
-/// `address state flaps` of each neighbor of a node.
-fn sessions(lab: &Lab, number: usize) -> Vec<String> {
-    let status = bgp(lab, number, &["neighbors"]);
-    let rows = status["neighbors"].as_array().unwrap().iter();
-    rows.map(|row| {
-        format!("{} {} {}", row["address"].as_str().unwrap(), row["state"].as_str().unwrap(), row["flaps"])
-    })
-    .collect()
-}
-
-fn wait_sessions(lab: &Lab, number: usize, wanted: &[&str]) {
-    let wanted: Vec<String> = wanted.iter().map(|row| (*row).to_owned()).collect();
-    eventually_equal(&format!("sessions of node {number}"), SESSION, &wanted, || sessions(lab, number));
-}
-
-/// `prefix via next hop: verdict` of a list of routes.
-fn rows(list: &Value) -> BTreeSet<String> {
-    let text = |row: &Value, field: &str| row[field].as_str().unwrap().to_owned();
-    let list = list.as_array().unwrap().iter();
-    list.map(|row| format!("{} via {}: {}", text(row, "prefix"), text(row, "nextHop"), text(row, "verdict")))
-        .collect()
-}
-
-fn wait_row(lab: &Lab, number: usize, words: &[&str], wanted: &str) {
-    eventually(&format!("{words:?} on node {number}"), SESSION, || {
-        let rows = rows(&bgp(lab, number, words));
-        if rows.contains(wanted) { Ok(()) } else { Err(format!("no {wanted:?} in {rows:#?}")) }
-    });
+    Bird::start(&cluster.router, &config)
 }
 
 fn annotate(lab: &Lab, node: &str, name: &str, text: Option<&str>) {
@@ -138,7 +50,7 @@ fn annotate(lab: &Lab, node: &str, name: &str, text: Option<&str>) {
 fn nodes_learn_pods_and_the_router_learns_services() {
     let _serial = serial();
     let mut lab = Lab::without_daemons(Cluster::builder().nodes(3).pods_per_node(1));
-    let bird = Bird::start(&lab.cluster);
+    let bird = bird_at_the_router(&lab.cluster);
     let pods: Vec<Endpoint> = lab.cluster.pods.iter().map(Endpoint::of).collect();
     let external = |ips: &[&str], policy: &str| json!({"externalIPs": ips, "externalTrafficPolicy": policy});
     lab.put_service(&service("everywhere", 10, external(&["203.0.113.10", "2001:db8:7::10"], "Cluster")));
@@ -237,7 +149,7 @@ fn nodes_learn_pods_and_the_router_learns_services() {
 fn what_is_wrong_is_told_and_touches_nobody_else() {
     let _serial = serial();
     let mut lab = Lab::without_daemons(Cluster::builder().nodes(2).pods_per_node(1));
-    let bird = Bird::start(&lab.cluster);
+    let bird = bird_at_the_router(&lab.cluster);
     // On node 2 another speaker has the port.
     let address = (lab.node(2).ips[0], 179);
     let holder = lab.node(2).netns.run(|| TcpListener::bind(address)).unwrap();
@@ -320,7 +232,7 @@ fn what_is_wrong_is_told_and_touches_nobody_else() {
 fn peers_keep_routes_while_the_daemon_is_killed_and_starts_again() {
     let _serial = serial();
     let mut lab = Lab::without_daemons(Cluster::builder().nodes(2).pods_per_node(1));
-    let bird = Bird::start(&lab.cluster);
+    let bird = bird_at_the_router(&lab.cluster);
     let pods: Vec<Endpoint> = lab.cluster.pods.iter().map(Endpoint::of).collect();
     lab.put_service(&service("web", 10, json!({"externalIPs": ["203.0.113.10"]})));
     lab.put_slices("web", &pods);

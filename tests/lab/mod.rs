@@ -1,6 +1,9 @@
 //! A cluster in which ferroute runs on every node, for the lab tests of the root package.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+pub mod bgp;
+pub mod bird;
+
 use std::io::{BufRead, Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,6 +21,8 @@ use socket2::{Domain, Socket, Type};
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_ferroute");
 /// Enough for whatever should happen soon, on a slow lab kernel.
 pub const SOON: Duration = Duration::from_secs(30);
+/// A BGP session takes this long at most.
+pub const SESSION: Duration = Duration::from_secs(60);
 /// Until a refusal must be told.
 pub const AT_ONCE: Duration = Duration::from_millis(200);
 /// Ports every pod of the lab echoes on.
@@ -88,8 +93,15 @@ impl Lab {
     }
 
     pub fn start_daemons_within(&mut self, patience: Duration, flags: &[&str]) {
+        let all: Vec<usize> = (1..=self.cluster.nodes.len()).collect();
+        self.start_daemons_on(&all, patience, flags);
+    }
+
+    /// On these nodes only.
+    pub fn start_daemons_on(&mut self, numbers: &[usize], patience: Duration, flags: &[&str]) {
         let master = format!("--master={}", self.server.url());
-        for node in &self.cluster.nodes {
+        for number in numbers {
+            let node = &self.cluster.nodes[number - 1];
             let socket = format!("--admin-socket={}", self.admin_socket(node));
             let mut all = vec![master.as_str(), "--metrics-port=9090", &socket];
             all.extend(flags);
