@@ -186,9 +186,33 @@ impl Looks {
     }
 }
 
-/// The processor's time that the calling thread has taken, kernel work for it included.
-pub fn thread_time() -> Duration {
-    // Where there is no such clock nothing costs anything, and pauses are the shortest.
+/// Times a look.
+#[derive(Debug)]
+pub struct Stopwatch {
+    started: Instant,
+    thread: Duration,
+}
+
+impl Stopwatch {
+    /// Starts now, for the calling thread.
+    pub fn start() -> Self {
+        Self { started: Instant::now(), thread: thread_time() }
+    }
+
+    /// The processor's time that the calling thread has taken since the start, kernel work for it included.
+    pub fn cost(&self) -> Duration {
+        let taken = self.started.elapsed();
+        cost(taken, thread_time().saturating_sub(self.thread))
+    }
+}
+
+/// Waiting for others on a busy node is no cost; but some kernels count whole ticks, mostly none.
+fn cost(taken: Duration, thread: Duration) -> Duration {
+    if thread.is_zero() { taken } else { thread.min(taken) }
+}
+
+fn thread_time() -> Duration {
+    // Where there is no such clock, what a look takes is its cost.
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID)
         .map_or(Duration::ZERO, Duration::from)
 }
@@ -265,6 +289,14 @@ mod tests {
         looks.audited(true);
         looks.looked(now, Duration::ZERO, false);
         assert!(looks.is_due(now + LOOK_PAUSES.0));
+    }
+
+    #[test]
+    fn a_thread_whose_time_is_told_in_ticks_counts_by_the_clock() {
+        let ms = Duration::from_millis;
+        for (taken, thread, expected) in [(8, 0, 8), (8, 3, 3), (8, 10, 8)] {
+            assert_eq!(cost(ms(taken), ms(thread)), ms(expected));
+        }
     }
 
     #[test]

@@ -34,7 +34,7 @@ use crate::disturbance::Disturbance;
 use crate::metrics::lock;
 use crate::proxy::sets::{Role, SetId};
 use crate::report::Reporter;
-use crate::schedule::{Due, Looks, Schedule, thread_time};
+use crate::schedule::{Due, Looks, Schedule, Stopwatch};
 
 /// Longest sleep: the loop turns at least so often, which is what liveness means, and looks whether
 /// somebody else changed rules.
@@ -369,7 +369,7 @@ impl Room {
 
     /// Looks whether somebody else changed sets, as far as their sizes tell; if so, they are read at once.
     fn look(&mut self, now: Instant) {
-        let before = thread_time();
+        let watch = Stopwatch::start();
         let alarmed = match self.kernel.set_sizes() {
             Ok(sizes) => {
                 self.mirror.iter().any(|(name, set)| sizes.get(name.as_str()) != Some(&set.entries().len()))
@@ -382,7 +382,7 @@ impl Room {
         if alarmed {
             self.schedule.request_full(now);
         }
-        self.looks.looked(Instant::now(), thread_time().saturating_sub(before), alarmed);
+        self.looks.looked(Instant::now(), watch.cost(), alarmed);
     }
 
     /// Reads the kernel back and repairs what differs.

@@ -28,7 +28,7 @@ use crate::cluster::service::{Problem, Protocol, Service};
 use crate::cluster::{Dirty, Interests, Kind, ServiceKey, Subscription};
 use crate::host::conntrack::RemovedEndpoint;
 use crate::report::Reporter;
-use crate::schedule::{Due, Looks, Schedule, thread_time};
+use crate::schedule::{Due, Looks, Schedule, Stopwatch};
 
 /// Services taken per step: bounds the memory of a cold start and lets it begin serving at once.
 const STEP: usize = 512;
@@ -684,7 +684,7 @@ impl Room {
 
     /// Looks whether anything seems to have changed; if so, it is read back on the next turn.
     fn look(&mut self, started: Instant) {
-        let spent = thread_time();
+        let watch = Stopwatch::start();
         if self.kernel.are_rules_disturbed() {
             self.schedule.suspect_rules();
         }
@@ -696,10 +696,7 @@ impl Room {
         if alarmed {
             self.schedule.request_full(started);
         }
-        // Waiting for others on a busy node is no cost; but some kernels count whole ticks, mostly none.
-        let taken = started.elapsed();
-        let spent = thread_time().saturating_sub(spent);
-        let cost = if spent.is_zero() { taken } else { spent.min(taken) };
+        let cost = watch.cost();
         tracing::debug!(?cost, alarmed, "looked at the kernel tables");
         self.looks.looked(started, cost, alarmed);
     }
