@@ -18,8 +18,6 @@ use lab::*;
 use serde_json::{Value, json};
 
 const FLAGS: [&str; 2] = ["--run-firewall=true", "--run-router=false"];
-/// A packet that is dropped is missed after this.
-const MISSED: Duration = Duration::from_millis(400);
 /// What hosts listen on.
 const HOST_PORT: u16 = 9999;
 
@@ -91,60 +89,6 @@ impl Drop for Town<'_> {
             let _ = self.lab.server.remove_unchecked("pods", self.namespace, &pod.spec.name);
         }
     }
-}
-
-fn put_namespace(lab: &Lab, name: &str, labels: Value) {
-    let mut labels = labels;
-    labels["kubernetes.io/metadata.name"] = json!(name);
-    let object =
-        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
-    lab.server.insert_unchecked("namespaces", object).unwrap();
-}
-
-fn put_policy(lab: &Lab, namespace: &str, name: &str, spec: Value) {
-    let object = json!({
-        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-        "metadata": {"name": name, "namespace": namespace, "uid": format!("uid-{name}")}, "spec": spec,
-    });
-    lab.server.insert_unchecked("networkpolicies", object).unwrap();
-}
-
-fn pod_object(pod: &Pod, labels: Value) -> Value {
-    let ips: Vec<Value> = pod.ips.iter().map(|ip| json!({"ip": ip.to_string()})).collect();
-    let port =
-        |name: &str, protocol: &str| json!({"name": name, "containerPort": 8080, "protocol": protocol});
-    json!({
-        "apiVersion": "v1", "kind": "Pod",
-        "metadata": {
-            "name": pod.spec.name, "namespace": pod.spec.namespace, "labels": labels,
-            "uid": format!("uid-{}-{}", pod.spec.name, ips[0]["ip"]),
-        },
-        "spec": {
-            "nodeName": pod.node(),
-            "containers": [{"name": "c", "ports": [port("web", "TCP"), port("web-u", "UDP"), port("web-s", "SCTP")]}],
-        },
-        "status": {"phase": "Running", "podIP": ips[0]["ip"], "podIPs": ips, "hostIP": "192.0.2.1"},
-    })
-}
-
-/// Waits until a request is answered, or is not.
-fn expect(from: &Netns, protocol: Protocol, to: SocketAddr, allowed: bool) {
-    if protocol == Protocol::Sctp {
-        // An SCTP refusal while connect(2) holds the socket is told by the next INIT only: do not wait 3 s
-        // for it. The kernel asks for minimum <= initial.
-        for name in ["rto_min", "rto_initial"] {
-            from.set_sysctl(&format!("net/sctp/{name}"), "60").unwrap();
-        }
-    }
-    let verdict = if allowed { "allowed" } else { "refused" };
-    eventually(&format!("{protocol} {to} from {} {verdict}", from.name()), SOON, || {
-        let patience = if allowed { Duration::from_secs(2) } else { MISSED };
-        let reply = from.ask(protocol, to, patience);
-        match (reply.answer().is_some() == allowed, reply) {
-            (true, _) => Ok(()),
-            (false, reply) => Err(format!("{reply:?}")),
-        }
-    });
 }
 
 fn ferroute(lab: &Lab, number: usize, words: &[&str]) -> (bool, String) {
@@ -971,8 +915,23 @@ fn a_policy_that_cannot_be_read_stays_in_force_across_a_restart() {
     let said = String::from_utf8(said.stdout).unwrap();
     assert!(said.contains("NetworkPolicy shop/only-b stays in force as the kernel has it"), "{said}");
     assert!(said.contains("InvalidSelector"), "{said}");
+    // Pods that start meanwhile are judged like those with their labels; one unlike all others is closed.
+    let late: Vec<Pod> = [("like-a", "a"), ("like-c", "c"), ("unlike", "d")]
+        .into_iter()
+        .map(|(name, app)| {
+            let pod = node.start_pod(PodSpec::new(name).namespace("shop").ports(POD_PORTS)).unwrap();
+            write(&format!("pod-{name}.json"), &pod_object(&pod, json!({"app": app})));
+            pod
+        })
+        .collect();
+    for (pod, open) in late.iter().zip([false, true, false]) {
+        let to = SocketAddr::new(pod.ipv4().unwrap(), 8080);
+        expect(b.netns(), Protocol::Tcp, to, true);
+        expect(c.netns(), Protocol::Tcp, to, open);
+    }
     // Mended: judged like all others.
     write("policy.json", &policy("In"));
+    expect(c.netns(), Protocol::Tcp, SocketAddr::new(late[2].ipv4().unwrap(), 8080), true);
     expect(b.netns(), Protocol::Tcp, to, true);
     expect(c.netns(), Protocol::Tcp, to, false);
     std::fs::remove_file(folder.join("policy.json")).unwrap();

@@ -149,7 +149,9 @@ impl Index {
             side.isolated_by.push(policy);
         }
         // What they allow is not known here, only to the kernel.
-        let held = self.held.iter().filter(|(_, held)| held.isolates(direction, key));
+        let held = self.held.iter().filter(|(policy, held)| {
+            policy.namespace == key.namespace && held.isolates(direction) && held.selects(&pod.labels)
+        });
         side.isolated_by.extend(held.map(|(policy, _)| policy.clone()));
         side
     }

@@ -356,17 +356,16 @@ impl Index {
 
     /// Local pods that a policy selects.
     fn selection(&self, key: &Key) -> BTreeSet<Key> {
-        let Some(policy) = self.policy(key) else {
-            let here = |pod: &&Key| self.pods.get(*pod).is_some_and(Pod::is_enforced_here);
-            let held = self.held.get(key);
-            return held.into_iter().flat_map(Held::pods).filter(here).cloned().collect();
+        let (policy, held) = (self.policy(key), self.held.get(key));
+        let selects = |labels: &Labels| match (policy, held) {
+            (Some(policy), _) => policy.pod_selector.matches(labels),
+            (None, Some(held)) => held.selects(labels),
+            (None, None) => false,
         };
         self.pods_of(&key.namespace)
             .into_iter()
             .filter(|pod| {
-                self.pods
-                    .get(pod)
-                    .is_some_and(|pod| pod.is_enforced_here() && policy.pod_selector.matches(&pod.labels))
+                self.pods.get(pod).is_some_and(|pod| pod.is_enforced_here() && selects(&pod.labels))
             })
             .collect()
     }
@@ -381,7 +380,11 @@ impl Index {
                     .filter(|(_, policy)| policy.pod_selector.matches(&pod.labels))
                     .map(|(name, _)| Key::new(key.namespace.clone(), name.clone())),
             );
-            now.extend(self.held.iter().filter(|(_, held)| held.has(key)).map(|(policy, _)| policy.clone()));
+            let held = self
+                .held
+                .iter()
+                .filter(|(policy, held)| policy.namespace == key.namespace && held.selects(&pod.labels));
+            now.extend(held.map(|(policy, _)| policy.clone()));
         }
         let before = match now.is_empty() {
             true => self.selecting.remove(key),
@@ -426,7 +429,7 @@ impl Index {
                 .flatten()
                 .filter(|policy| match self.policy(policy) {
                     Some(policy) => policy.rules(direction).is_some(),
-                    None => self.held.get(*policy).is_some_and(|held| held.isolates(direction, key)),
+                    None => self.held.get(*policy).is_some_and(|held| held.isolates(direction)),
                 })
                 .cloned()
                 .collect();

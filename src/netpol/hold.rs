@@ -5,19 +5,21 @@
 //! there is none, and a policy that cannot be read would count as deleted: its pods would open. What the
 //! kernel holds of it is its last good state then. Chains have the policy's name in theirs: who jumps to
 //! them are the chains of the pods it isolates, so these stay isolated, and its own chains and the sets they
-//! look at stay as they are, so what it allowed stays allowed. Two things the kernel cannot tell: pods that
-//! start later and that it would isolate or allow. They are judged without it, and refused by it.
+//! look at stay as they are, so what it allowed stays allowed. Pods of its namespace that start later are
+//! isolated by it too, unless a pod with the same labels was here and was not. It refuses peers that come
+//! later.
 //!
 //! Where its chains are gone too, or a manifest as a whole cannot be read, pods that were isolated stay so,
-//! and what may have been allowed is refused. When the object is mended or gone, its pods are judged like
-//! all others.
+//! and what may have been allowed is refused. Pods that start later are judged without it: nothing tells it
+//! from a policy that never was in force. When the object is mended or gone, its pods are judged like all
+//! others.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ferroute_iptables::ipset::{Change, Entry, Sets};
 use ferroute_iptables::{ChainName, Family, Found, SetName};
-use ferroute_policy::{Direction, Gate, Held, Index, Key, group_of, policy_chain};
+use ferroute_policy::{Direction, Gate, Held, Index, Key, Pod, group_of, policy_chain};
 
 use super::gather;
 use super::order::Ordered;
@@ -151,7 +153,10 @@ impl Hold {
             format!("{entry} {how} ({set}): an object that cannot be read may say so")
         };
         let policies = self.policies.keys().map(|key| {
-            format!("NetworkPolicy {key} stays in force as the kernel has it: its object cannot be read")
+            format!(
+                "NetworkPolicy {key} stays in force as the kernel has it, for new pods of unknown labels too: its \
+                 object cannot be read"
+            )
         });
         policies.chain(self.entries.iter().map(line)).collect()
     }
@@ -172,12 +177,19 @@ fn names(entry: &Entry, address: IpAddr) -> bool {
 /// chain of it is there in every family.
 fn found_of(key: &Key, chains: &BTreeMap<Family, Found>, sets: &Sets, index: &Index) -> Option<(Kept, Held)> {
     let (mut kept, mut held) = (Kept::default(), Held::default());
+    let entries = |set: &SetName| sets.get(set).into_iter().flat_map(|set| set.entries().keys());
+    let pods = |entry: &Entry| {
+        let Entry::Ip(ip) = entry else { return Vec::new() };
+        let local = |(pod, it): &(&Key, &Pod)| it.is_enforced_here() && pod.namespace == key.namespace;
+        index.pods_with(*ip).filter(local).map(|(_, it)| it.labels.clone()).collect()
+    };
     for direction in Direction::BOTH {
         let its_own = policy_chain(direction, key);
         if chains.is_empty() || !chains.values().all(|found| found.chains.contains_key(&its_own)) {
             continue;
         }
         kept.chains.insert(its_own);
+        held.add_direction(direction);
         for (family, found) in chains {
             let says = |forms: &[String], word: &str| {
                 forms.iter().any(|form| form.split_whitespace().any(|is| is == word))
@@ -186,18 +198,15 @@ fn found_of(key: &Key, chains: &BTreeMap<Family, Found>, sets: &Sets, index: &In
                 kept.sets.extend(sets.keys().filter(|set| says(forms, set.as_str())));
             }
             let groups = found.chains.iter().filter(|(_, forms)| says(forms, its_own.as_str()));
-            for set in groups.filter_map(|(group, _)| group_of(*group, direction, *family)) {
-                let entries = sets.get(&set).into_iter().flat_map(|set| set.entries().keys());
-                for entry in entries {
-                    let Entry::Ip(ip) = entry else { continue };
-                    let pods = index
-                        .pods_with(*ip)
-                        .filter(|(pod, it)| it.is_enforced_here() && pod.namespace == key.namespace);
-                    pods.for_each(|(pod, _)| held.insert(direction, pod.clone()));
-                }
-            }
+            let groups = groups.filter_map(|(group, _)| group_of(*group, direction, *family));
+            groups.for_each(|set| {
+                entries(&set).flat_map(pods).for_each(|labels| held.note(&labels, true));
+            });
         }
     }
+    // Those that were here and that it let be.
+    let known = sets.keys().filter(|set| Gate::of(**set) == Some(Gate::Known));
+    known.flat_map(entries).flat_map(pods).for_each(|labels| held.note(&labels, false));
     (!kept.chains.is_empty()).then_some((kept, held))
 }
 
@@ -208,7 +217,7 @@ mod tests {
     use ferroute_iptables::Ours;
     use ferroute_iptables::ipset::{Extra, Options as SetOptions, Set, SetType};
     use ferroute_policy::{
-        CHAIN_PREFIXES, Exempt, Options, Peer, Pod, Policy, Requirement, Rule, Selector, UnknownPods,
+        CHAIN_PREFIXES, Exempt, Options, Peer, Policy, Requirement, Rule, Selector, UnknownPods,
     };
 
     use super::*;

@@ -25,6 +25,8 @@ pub const SOON: Duration = Duration::from_secs(30);
 pub const SESSION: Duration = Duration::from_secs(60);
 /// Until a refusal must be told.
 pub const AT_ONCE: Duration = Duration::from_millis(200);
+/// A packet that is dropped is missed after this.
+pub const MISSED: Duration = Duration::from_millis(400);
 /// Ports every pod of the lab echoes on.
 pub const POD_PORTS: [(Protocol, u16); 3] =
     [(Protocol::Tcp, 8080), (Protocol::Udp, 8080), (Protocol::Sctp, 8080)];
@@ -450,4 +452,61 @@ pub fn who(from: &Netns, protocol: Protocol, to: SocketAddr, times: usize) -> Ve
     let tally = from.spread(protocol, to, times);
     assert_eq!(tally.failed, 0, "{protocol} {to} from {}: {tally}", from.name());
     tally.pods.into_keys().collect()
+}
+
+/// Stores a Namespace with these labels and its name's.
+pub fn put_namespace(lab: &Lab, name: &str, labels: Value) {
+    let mut labels = labels;
+    labels["kubernetes.io/metadata.name"] = json!(name);
+    let object =
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
+    lab.server.insert_unchecked("namespaces", object).unwrap();
+}
+
+/// Stores a NetworkPolicy.
+pub fn put_policy(lab: &Lab, namespace: &str, name: &str, spec: Value) {
+    let object = json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": {"name": name, "namespace": namespace, "uid": format!("uid-{name}")}, "spec": spec,
+    });
+    lab.server.insert_unchecked("networkpolicies", object).unwrap();
+}
+
+/// A running pod as the API has it, with its ports of [`POD_PORTS`] by name.
+pub fn pod_object(pod: &Pod, labels: Value) -> Value {
+    let ips: Vec<Value> = pod.ips.iter().map(|ip| json!({"ip": ip.to_string()})).collect();
+    let port =
+        |name: &str, protocol: &str| json!({"name": name, "containerPort": 8080, "protocol": protocol});
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "name": pod.spec.name, "namespace": pod.spec.namespace, "labels": labels,
+            "uid": format!("uid-{}-{}", pod.spec.name, ips[0]["ip"]),
+        },
+        "spec": {
+            "nodeName": pod.node(),
+            "containers": [{"name": "c", "ports": [port("web", "TCP"), port("web-u", "UDP"), port("web-s", "SCTP")]}],
+        },
+        "status": {"phase": "Running", "podIP": ips[0]["ip"], "podIPs": ips, "hostIP": "192.0.2.1"},
+    })
+}
+
+/// Waits until a request is answered, or is not.
+pub fn expect(from: &Netns, protocol: Protocol, to: SocketAddr, allowed: bool) {
+    if protocol == Protocol::Sctp {
+        // An SCTP refusal while connect(2) holds the socket is told by the next INIT only: do not wait 3 s
+        // for it. The kernel asks for minimum <= initial.
+        for name in ["rto_min", "rto_initial"] {
+            from.set_sysctl(&format!("net/sctp/{name}"), "60").unwrap();
+        }
+    }
+    let verdict = if allowed { "allowed" } else { "refused" };
+    eventually(&format!("{protocol} {to} from {} {verdict}", from.name()), SOON, || {
+        let patience = if allowed { Duration::from_secs(2) } else { MISSED };
+        let reply = from.ask(protocol, to, patience);
+        match (reply.answer().is_some() == allowed, reply) {
+            (true, _) => Ok(()),
+            (false, reply) => Err(format!("{reply:?}")),
+        }
+    });
 }
