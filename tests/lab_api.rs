@@ -146,10 +146,7 @@ fn a_path_that_swallows_packets_is_noticed_and_no_change_is_missed() {
     let rules = |verb: &str| {
         let ip = lab.node(1).ips[0].to_string();
         for (chain, side) in [("INPUT", "-s"), ("OUTPUT", "-d")] {
-            lab.cluster
-                .router
-                .exec("iptables-legacy", &["-w", verb, chain, side, &ip, "-j", "DROP"])
-                .unwrap();
+            lab.cluster.router.exec("iptables", &["-w", verb, chain, side, &ip, "-j", "DROP"]).unwrap();
         }
     };
     rules("-I");

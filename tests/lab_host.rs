@@ -1,7 +1,7 @@
 //! The host room on a real kernel: links, addresses, routes, sysctls, flows and events.
 //!
 //! Run it in the lab: `scripts/lab -- cargo test --test lab_host`, or the test binary itself. Needs
-//! root and a kernel with dummy, veth and IPVS, and the programs ip, ipvsadm, iptables-legacy and modprobe; without
+//! root and a kernel with dummy, veth and IPVS, and the programs ip, ipvsadm, iptables and modprobe; without
 //! them it fails and says so.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -564,7 +564,7 @@ fn only_flows_to_the_removed_endpoint_vanish() {
             apply(&mut network, &[RouteChange::Add(route)]);
             // A namespace tracks flows once something asks for them, as the masquerade rule of a
             // node does.
-            let iptables = if scene.family == Family::V4 { "iptables-legacy" } else { "ip6tables-legacy" };
+            let iptables = if scene.family == Family::V4 { "iptables" } else { "ip6tables" };
             run(&format!("{iptables} -A INPUT -m conntrack --ctstate INVALID"));
             for key in ["conntrack", "expire_nodest_conn"] {
                 std::fs::write(format!("/proc/sys/net/ipv4/vs/{key}"), "1").unwrap();

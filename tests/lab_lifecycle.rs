@@ -505,10 +505,10 @@ fn what_others_change_is_put_right_and_nothing_else() {
         "ip -6 route del local 2001:db8:1b::10 dev kube-dummy-if table local".to_owned(),
         "ip link del kube-dummy-if".to_owned(),
         "ip link set kube-dummy-if down".to_owned(),
-        "iptables-legacy -F KUBE-ROUTER-SERVICES".to_owned(),
-        "iptables-legacy -t nat -F KUBE-ROUTER-MASQUERADE".to_owned(),
-        "ip6tables-legacy -t mangle -F PREROUTING".to_owned(),
-        "iptables-legacy -I KUBE-ROUTER-SERVICES -j ACCEPT".to_owned(),
+        "iptables -F KUBE-ROUTER-SERVICES".to_owned(),
+        "iptables -t nat -F KUBE-ROUTER-MASQUERADE".to_owned(),
+        "ip6tables -t mangle -F PREROUTING".to_owned(),
+        "iptables -I KUBE-ROUTER-SERVICES -j ACCEPT".to_owned(),
     ] {
         node.sh(&sabotage).unwrap();
         let begin = Instant::now();
@@ -519,7 +519,7 @@ fn what_others_change_is_put_right_and_nothing_else() {
         println!("{sabotage}: put right after {} ms", begin.elapsed().as_millis());
     }
     // A whole set can only be taken away after the rules that name it.
-    node.sh("iptables-legacy -t mangle -F").unwrap();
+    node.sh("iptables -t mangle -F").unwrap();
     node.sh("ipset destroy kube-router-svip-mark").unwrap();
     eventually("a destroyed set", SOON, || {
         let difference = before.difference(&settled());

@@ -271,8 +271,7 @@ fn learned_routes_reach_the_kernel_are_kept_right_and_go_without_a_trace() {
         let (_, source) = receiver.recv_from(&mut [0; 16]).unwrap();
         assert_eq!(source, sender.local_addr().unwrap());
     }
-    let firewall =
-        a.script("iptables-legacy-save; ip6tables-legacy-save; ipset list kube-router-pod-subnets").unwrap();
+    let firewall = a.script("iptables-save; ip6tables-save; ipset list kube-router-pod-subnets").unwrap();
     for part in [
         "-A KUBE-ROUTER-EGRESS -m set ! --match-set kube-router-pod-subnets dst",
         "--match-set inet6:kube-router-node-ips dst",
@@ -320,7 +319,7 @@ fn learned_routes_reach_the_kernel_are_kept_right_and_go_without_a_trace() {
     // come when the kernel has found them to be nobody else's.
     on_a.stop();
     let everything = "(ip route show table all; ip -6 route show table all) | grep -v fe80::; ip rule; ip -6 rule; ip link; \
-        ip -d link show type ipip; ip -d link show type ip6tnl; ipset list; iptables-legacy-save | grep KUBE";
+        ip -d link show type ipip; ip -d link show type ip6tnl; ipset list; iptables-save | grep KUBE";
     let kept = a.script(everything).unwrap();
     on_b.stop();
     let chain_writes = chains::writes();
@@ -353,7 +352,7 @@ fn learned_routes_reach_the_kernel_are_kept_right_and_go_without_a_trace() {
     assert!(done.failures.is_empty(), "{:?}", done.failures);
     let left = a
         .script("ip route show table all proto 70; ip -6 route show table all proto 70; ip rule; ip -6 rule; ip link; \
-             ipset list -n; iptables-legacy-save; ip6tables-legacy-save")
+             ipset list -n; iptables-save; ip6tables-save")
         .unwrap();
     for gone in
         ["proto 70", "10.244.", "fd10:", &tunnel, &tunnel6, "kube-router-", "KUBE-ROUTER", "kube-bridge"]

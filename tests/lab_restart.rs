@@ -271,8 +271,8 @@ fn drift_is_seen_long_before_the_next_audit() {
         "ipvsadm -E -t 10.96.0.13:80 -s wlc".to_owned(),
         "ipset del kube-router-svip-prt 10.96.0.14,tcp:80".to_owned(),
         "ip route del local 10.96.0.0/16 dev kube-dummy-if table local".to_owned(),
-        "iptables-legacy -F KUBE-ROUTER-SERVICES".to_owned(),
-        "iptables-legacy -t nat -F KUBE-ROUTER-MASQUERADE".to_owned(),
+        "iptables -F KUBE-ROUTER-SERVICES".to_owned(),
+        "iptables -t nat -F KUBE-ROUTER-MASQUERADE".to_owned(),
     ] {
         node.sh(&sabotage).unwrap();
         let begin = Instant::now();

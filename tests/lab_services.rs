@@ -718,7 +718,7 @@ fn timeouts_a_switched_off_firewall_and_excluded_addresses() {
     let to = at(vips(10)[0], 80);
     assert_eq!(who(node, Protocol::Tcp, to, 4), ["p1-1", "p1-2"]);
     // Without the firewall the rest of INPUT decides: nothing accepts, nothing rejects.
-    let rules = node.exec("iptables-legacy", &["-S"]).unwrap();
+    let rules = node.exec("iptables", &["-S"]).unwrap();
     assert!(!rules.contains("-j ACCEPT\n") && !rules.contains("REJECT"), "{rules}");
     // Without graceful termination an endpoint goes at once, open connections or not.
     let flows: Vec<_> = (0..4)

@@ -196,7 +196,7 @@ impl Field {
                 .iter()
                 .any(|it| place.pods.concat().iter().any(|ip| *ip == it.packet.from || *ip == it.packet.to))
             {
-                for program in ["iptables-legacy-save", "ip6tables-legacy-save"] {
+                for program in ["iptables-save", "ip6tables-save"] {
                     text += &format!("# {} {program}\n", place.node);
                     text +=
                         &node.sh(&format!("{program} -t filter -c")).unwrap_or_else(|e| format!("{e:#}\n"));
