@@ -106,7 +106,7 @@ fn is_ready() -> bool {
 }
 
 /// User and system CPU seconds (proc_pid_stat(5), fields 14 and 15).
-fn cpu(process: u32) -> Result<(f64, f64)> {
+pub fn cpu(process: u32) -> Result<(f64, f64)> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
     let rest = stat.rsplit_once(") ").context("no command in stat")?.1;
     let mut fields = rest.split(' ').skip(11).map(str::parse::<f64>);
@@ -116,7 +116,7 @@ fn cpu(process: u32) -> Result<(f64, f64)> {
 }
 
 /// A field of proc_pid_status(5) in MiB.
-fn memory(process: u32, field: &str) -> Result<f64> {
+pub fn memory(process: u32, field: &str) -> Result<f64> {
     let status = std::fs::read_to_string(format!("/proc/{process}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix(field)).context("no such field")?;
     Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)

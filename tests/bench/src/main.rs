@@ -1,10 +1,12 @@
 //! Measures ferroute against the floor: the least netlink messages that make the same kernel state,
-//! replayed raw on the same kernel. Started by `scripts/bench`, in a lab.
+//! replayed raw on the same kernel; and its BGP speaker against other routers. Started by `scripts/bench`,
+//! in a lab and outside.
 
 mod daemon;
 mod policies;
 mod pure;
 mod report;
+mod routers;
 mod shape;
 mod sides;
 mod tables;
@@ -40,8 +42,11 @@ enum What {
         /// Numbers of NetworkPolicies.
         #[arg(long, value_delimiter = ',', default_value = "10,1000,10000")]
         policies: Vec<u32>,
+        /// Numbers of routes from one sender to one receiver.
+        #[arg(long, value_delimiter = ',', default_value = "10000,100000,500000")]
+        routes: Vec<u32>,
         /// What to measure.
-        #[arg(long, value_enum, value_delimiter = ',', default_value = "services,policies")]
+        #[arg(long, value_enum, value_delimiter = ',', default_value = "services,policies,routers")]
         parts: Vec<Part>,
         /// Sizes 100 and 1,000 and three runs, no variants.
         #[arg(long)]
@@ -82,6 +87,20 @@ enum What {
         #[arg(long)]
         isolated: u32,
     },
+    /// One run of one router.
+    Router {
+        /// Whose.
+        #[arg(long, value_enum)]
+        make: routers::Make,
+        #[command(flatten)]
+        load: routers::Load,
+    },
+    /// Is ferroute's router in such a run.
+    Speak {
+        /// Peers that send.
+        #[arg(long)]
+        senders: u32,
+    },
     /// One run of the floor.
     Floor {
         /// Where the script is.
@@ -119,13 +138,16 @@ enum Part {
     Services,
     /// Network policy.
     Policies,
+    /// The BGP speaker beside other routers.
+    Routers,
 }
 
 fn main() -> Result<()> {
     match Arguments::parse().what {
-        What::All { sizes, policies, parts, runs, quick, program, json } => {
+        What::All { sizes, policies, routes, parts, runs, quick, program, json } => {
             let (sizes, runs) = if quick { (vec![100, 1000], 3) } else { (sizes, runs) };
             let policies = if quick { vec![10, 1000] } else { policies };
+            let routes = if quick { vec![10_000] } else { routes };
             ensure!(runs > 0, "--runs: at least one");
             // Service and pod addresses of this size still fit their ranges.
             ensure!(sizes.iter().all(|size| (1..=50_000).contains(size)), "--sizes: from 1 to 50000");
@@ -138,6 +160,9 @@ fn main() -> Result<()> {
             if parts.contains(&Part::Policies) {
                 policy_tables(&mut report, &policies, runs)?;
             }
+            if parts.contains(&Part::Routers) {
+                router_tables(&mut report, &routes, runs, quick)?;
+            }
             if let Some(path) = json {
                 std::fs::write(&path, serde_json::to_string_pretty(&report)?)
                     .with_context(|| format!("cannot write {}", path.display()))?;
@@ -148,6 +173,8 @@ fn main() -> Result<()> {
         What::Policies { policies, capture } => print(&policies::room(policies, capture.as_deref())?),
         What::PolicyFloor { folder } => print(&policies::floor(&folder)?),
         What::Packets { isolated } => print(&policies::packets(isolated)?),
+        What::Router { make, load } => print(&routers::measure(make, load)?),
+        What::Speak { senders } => routers::speak(senders),
         What::Floor { folder, verify } => print(&sides::floor(&folder, verify)?),
         What::Pure { shape } => pure::pure(&shape),
         What::Commands { folder } => print(&sides::commands(&folder)?),
@@ -207,6 +234,31 @@ fn policy_tables(report: &mut Report, counts: &[u32], runs: usize) -> Result<()>
     }
     print!("{}", policies::packet_table(&packets)?);
     report.packets = packets;
+    Ok(())
+}
+
+/// Routes from one sender, and from a hundred.
+fn router_tables(report: &mut Report, routes: &[u32], runs: usize, quick: bool) -> Result<()> {
+    let one = routes.iter().map(|&routes| routers::Load { senders: 1, routes });
+    let many = (!quick).then_some(routers::Load { senders: 100, routes: 1000 });
+    for load in one.chain(many) {
+        eprintln!("bench: {load:?}");
+        let mut figures = routers::Figures::new(load);
+        for _ in 0..runs {
+            for (make, runs, failure) in figures.runs.iter_mut().filter(|(.., failure)| failure.is_none()) {
+                let (senders, routes) = (load.senders.to_string(), load.routes.to_string());
+                let words = ["router", "--make", make.word(), "--senders", &senders, "--routes", &routes];
+                match child(&words.map(str::to_owned)) {
+                    Ok(run) => runs.push(run),
+                    // What others cannot do is a figure too; what ferroute cannot is an error.
+                    Err(error) if *make != routers::Make::Ferroute => *failure = Some(format!("{error:#}")),
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        print!("{}", figures.table());
+        report.routers.push(figures);
+    }
     Ok(())
 }
 

@@ -33,6 +33,8 @@ pub struct Report {
     policies: Vec<crate::policies::Figures>,
     /// What packets pay, run by run.
     pub packets: Vec<Vec<crate::policies::Packets>>,
+    /// Routers, load by load.
+    pub routers: Vec<crate::routers::Figures>,
 }
 
 /// Rows in their order.
@@ -60,7 +62,14 @@ impl Report {
         let place = std::env::var("FERROUTE_LAB").unwrap_or_else(|_| "host".into());
         let kernel = format!("Linux {kernel} ({place})");
         println!("{kernel}, {runs} interleaved runs; median (lowest..highest)");
-        Ok(Self { kernel, runs, shapes: Vec::new(), policies: Vec::new(), packets: Vec::new() })
+        Ok(Self {
+            kernel,
+            runs,
+            shapes: Vec::new(),
+            policies: Vec::new(),
+            packets: Vec::new(),
+            routers: Vec::new(),
+        })
     }
 
     /// Adds the figures of a number of policies.
