@@ -11,8 +11,9 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::Family;
+use crate::detect::plain_variant;
 use crate::plan::{Plan, PlanError, plan};
-use crate::table::{Census, CutOff, Found, Ours, Ruleset, TableName, census, parse};
+use crate::table::{CutOff, Found, Ours, Ruleset, TableName, parse};
 
 /// How long restore waits for another program's lock, in seconds, unless told otherwise.
 const LOCK_WAIT: u32 = 10;
@@ -121,45 +122,6 @@ pub struct Command {
     lock_wait: u32,
 }
 
-/// What [`Command::detect`] chose, and why.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Detected {
-    /// The choice.
-    pub command: Command,
-    /// Why.
-    pub reason: Reason,
-    /// Rules seen in the variant that was not chosen: both filter packets, and programs that use it do not
-    /// see our rules.
-    pub mixed: Option<Mixed>,
-    /// Variants passed over, each with the reason.
-    pub passed_over: Vec<String>,
-    /// All tables of the chosen variant as they were listed for the choice, for
-    /// [`Command::sync_tables_from`].
-    pub listing: String,
-    /// Something was written since, to see whether that works: there was no table at all.
-    pub probed: bool,
-}
-
-/// Why a variant was chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// The kubelet's hint or canary chain is there.
-    Kubelet,
-    /// It holds more rules.
-    MoreRules,
-    /// The caller preferred it, or the plain `iptables` is it, or it is the only one that works.
-    Default,
-}
-
-/// Rules in two variants at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mixed {
-    /// The variant not chosen.
-    pub other: Variant,
-    /// How many rules it holds.
-    pub rules: usize,
-}
-
 impl Command {
     /// The programs of a given variant.
     ///
@@ -180,60 +142,6 @@ impl Command {
                 path: search_path(),
             }),
         }
-    }
-
-    /// The programs of the variant that the host uses: the one with the kubelet's hint, else the one with
-    /// more rules, else `prefer`, else what plain `iptables` is. A variant that this kernel does not support
-    /// is passed over. For IPv6 pass what was chosen for IPv4 as `prefer`.
-    ///
-    /// # Errors
-    /// No programs, or none that works.
-    pub fn detect(family: Family, prefer: Option<Variant>) -> Result<Detected, Error> {
-        let mut seen: Vec<(Self, Census)> = Vec::new();
-        let mut listings = Vec::new();
-        let mut passed_over = Vec::new();
-        let mut missing = None;
-        for variant in [Variant::Nft, Variant::Legacy] {
-            let command = match Self::new(family, variant) {
-                Ok(command) => command,
-                Err(error) => {
-                    passed_over.push(format!("{variant}: {error}"));
-                    missing = missing.or(Some(error));
-                    continue;
-                }
-            };
-            match command.list() {
-                Ok(listing) => {
-                    seen.push((command, census(&listing)));
-                    listings.push((variant, listing));
-                }
-                Err(error) => passed_over.push(format!("{variant}: {error}")),
-            }
-        }
-        let mut probed = None;
-        // Only a variant about to be chosen is written to, and only where nothing shows that it works.
-        while let Some((command, _)) = choose(&seen, family, prefer)
-            && seen.iter().any(|(other, census)| *other == command && !census.tables)
-        {
-            probed = Some(command.variant);
-            let Err(error) = command.probe() else { break };
-            passed_over.push(format!("{}: {error}", command.variant));
-            seen.retain(|(other, _)| *other != command);
-        }
-        let Some((command, reason)) = choose(&seen, family, prefer) else {
-            return Err(match missing {
-                Some(missing) if all_missing(family) => missing,
-                _ => Error::NoVariant { program: program(family), reasons: passed_over },
-            });
-        };
-        let mixed = seen
-            .iter()
-            .find(|(other, census)| other.variant != command.variant && census.rules > 0)
-            .map(|(other, census)| Mixed { other: other.variant, rules: census.rules });
-        let listing = listings.into_iter().find(|(variant, _)| *variant == command.variant);
-        let listing = listing.map(|(_, listing)| listing).unwrap_or_default();
-        let probed = probed == Some(command.variant);
-        Ok(Detected { command, reason, mixed, passed_over, listing, probed })
     }
 
     /// The same programs, waiting at most so long for another program's lock. Only the legacy variant locks.
@@ -296,7 +204,7 @@ impl Command {
         })
     }
 
-    /// [`Self::sync_tables`] without the program to read: `listing` is [`Detected::listing`], and nobody
+    /// [`Self::sync_tables`] without the program to read: `listing` is [`crate::Detected::listing`], and nobody
     /// wrote rules since. What is refused is read and tried again.
     #[must_use]
     pub fn sync_tables_from(
@@ -368,7 +276,7 @@ impl Command {
     }
 
     /// The host's rules, or why this variant does not work here.
-    fn list(&self) -> Result<String, Error> {
+    pub(crate) fn list(&self) -> Result<String, Error> {
         // Without -t: naming a table would load it, and legacy tables on an nft host are worth avoiding.
         run(&self.save, &[], "")
     }
@@ -376,7 +284,7 @@ impl Command {
     /// Whether the kernel takes what this variant writes. Some kernels have nf_tables without its IPv4 or IPv6
     /// part: they list nothing and fail on writing (User-Mode Linux 6.1 of Debian). What is left behind is
     /// an empty filter table, which the first real write would make too.
-    fn probe(&self) -> Result<(), Error> {
+    pub(crate) fn probe(&self) -> Result<(), Error> {
         self.restore(&format!("*filter\n:{PROBE} - [0:0]\n-X {PROBE}\nCOMMIT\n"))
     }
 }
@@ -398,25 +306,6 @@ fn settled(
     }
 }
 
-/// The variant that the host uses, of those that may work.
-fn choose(seen: &[(Command, Census)], family: Family, prefer: Option<Variant>) -> Option<(Command, Reason)> {
-    Some(match seen {
-        [] => return None,
-        [(only, census)] => (only.clone(), if census.hint { Reason::Kubelet } else { Reason::Default }),
-        [(nft, n), (legacy, l), ..] => match (n.hint, l.hint) {
-            (true, false) => (nft.clone(), Reason::Kubelet),
-            (false, true) => (legacy.clone(), Reason::Kubelet),
-            _ if n.rules > l.rules => (nft.clone(), Reason::MoreRules),
-            _ if l.rules > n.rules => (legacy.clone(), Reason::MoreRules),
-            _ => {
-                let default = prefer.or_else(|| plain_variant(family).ok()).unwrap_or(Variant::Nft);
-                let chosen = if default == Variant::Nft { nft } else { legacy };
-                (chosen.clone(), Reason::Default)
-            }
-        },
-    })
-}
-
 const PROBE: &str = "IPTABLES-WRITE-PROBE";
 
 pub(crate) fn program(family: Family) -> &'static str {
@@ -424,18 +313,6 @@ pub(crate) fn program(family: Family) -> &'static str {
         Family::V4 => "iptables",
         Family::V6 => "ip6tables",
     }
-}
-
-/// What `iptables --version` says it is.
-fn plain_variant(family: Family) -> Result<Variant, Error> {
-    let version = run(&find(program(family))?, &["--version"], "")?;
-    // Versions before 1.8 say nothing and are legacy.
-    Ok(if version.contains("nf_tables") { Variant::Nft } else { Variant::Legacy })
-}
-
-fn all_missing(family: Family) -> bool {
-    let program = program(family);
-    ["-nft-save", "-legacy-save", "-save"].iter().all(|end| find(&format!("{program}{end}")).is_err())
 }
 
 /// The search path, always with the places where these programs live.
@@ -452,7 +329,7 @@ fn search_path() -> String {
     path
 }
 
-fn find(program: &str) -> Result<PathBuf, Error> {
+pub(crate) fn find(program: &str) -> Result<PathBuf, Error> {
     let path = search_path();
     let found = path.split(':').map(|place| PathBuf::from(place).join(program)).find(|file| file.is_file());
     found.ok_or_else(|| Error::Missing { program: program.to_owned(), path })
@@ -468,7 +345,7 @@ fn failed_line(stderr: &str) -> Option<usize> {
 }
 
 /// Runs a program without a shell, feeds it, and returns its output; killed at the time limit.
-fn run(program: &std::path::Path, arguments: &[&str], input: &str) -> Result<String, Error> {
+pub(crate) fn run(program: &std::path::Path, arguments: &[&str], input: &str) -> Result<String, Error> {
     let name = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy().into_owned();
     let failed = |source| Error::Run { program: name.clone(), source };
     let mut child = Process::new(program)

@@ -11,6 +11,7 @@
 //! reading and never written.
 
 mod command;
+mod detect;
 mod icmp;
 pub mod ipset;
 mod matches;
@@ -25,7 +26,8 @@ mod text;
 use std::fmt;
 use std::net::IpAddr;
 
-pub use command::{Command, Detected, Error, Mixed, Reason, Variant};
+pub use command::{Command, Error, Variant};
+pub use detect::{Detected, Mixed, Reason};
 pub use icmp::icmp_accepts;
 pub use matches::{
     AddressType, Direction, Ipvs, IpvsDirection, IpvsMethod, Match, Per, Physdev, PortRange, State, TcpFlags,
