@@ -97,6 +97,7 @@ pub fn desired(
     let sources: Option<Arc<[IpNet]>> =
         (!service.source_ranges.is_empty()).then(|| service.source_ranges.as_slice().into());
     let hairpin = settings.hairpin_all || service.annotations.hairpin;
+    let asks_for_local = [service.internal_policy, service.external_policy].contains(&TrafficPolicy::Local);
     // Per family: an endpoint with an address of each is one endpoint.
     let mut local_addresses = [BTreeSet::new(), BTreeSet::new()];
 
@@ -125,7 +126,7 @@ pub fn desired(
                 state.hairpin.extend(found.local.iter().map(|target| (*target, port.protocol)));
             }
             let cluster = scheduling.server(&found.cluster, ipv6);
-            let local = if found.local == found.cluster {
+            let local = if !asks_for_local || found.local == found.cluster {
                 cluster.clone()
             } else {
                 scheduling.server(&found.local, ipv6)

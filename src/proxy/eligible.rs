@@ -48,6 +48,7 @@ pub fn eligible<'a>(
             if slice_port.name != port.name || slice_port.protocol != port.protocol {
                 continue;
             }
+            candidates.reserve(slice.endpoints.len());
             candidates.extend(
                 slice
                     .endpoints

@@ -55,6 +55,9 @@ pub enum Scope<'a> {
     All,
     /// Only these.
     Touched(&'a Touched),
+    /// What the kernel holds and nobody wants, and every route: the rest of an adoption, whose wanted keys
+    /// were compared already.
+    Leftovers,
 }
 
 /// Everything to write, in parts whose order is safety: sets before the rules that name them, a
@@ -177,6 +180,9 @@ pub fn diff(
     let keys: BTreeSet<ipvs::VirtualServerKey> = match scope {
         Scope::All => mirror.servers.keys().chain(ledger.servers().keys()).copied().collect(),
         Scope::Touched(touched) => touched.servers.clone(),
+        Scope::Leftovers => {
+            mirror.servers.keys().filter(|key| !ledger.servers().contains_key(key)).copied().collect()
+        }
     };
     let mut wanted = ipvs::Table::default();
     for key in &keys {
@@ -197,18 +203,16 @@ pub fn diff(
         }
         changes.wanted.insert(*key, server);
     }
-    for change in ipvs::diff(&mirror.servers, &wanted, keys) {
-        match change {
-            ipvs::Change::DeleteServer { .. } => changes.servers_last.push(change),
-            _ => changes.servers.push(change),
-        }
-    }
+    let goes = |change: &ipvs::Change| matches!(change, ipvs::Change::DeleteServer { .. });
+    changes.servers = ipvs::diff(&mirror.servers, &wanted, keys);
+    changes.servers_last = changes.servers.extract_if(.., |change| goes(change)).collect();
 
     let difference = match scope {
         Scope::All => ipset::diff(&mirror.sets, ledger.sets()),
         Scope::Touched(touched) => {
             ipset::diff_entries(&mirror.sets, ledger.sets(), touched.entries.iter().copied())
         }
+        Scope::Leftovers => ipset::diff_leftovers(&mirror.sets, ledger.sets()),
     };
     changes.retype = difference.retype;
     for change in difference.changes {
@@ -407,6 +411,34 @@ mod tests {
             }
             prop_assert_eq!(fresh.servers(), ledger.servers());
             prop_assert_eq!(fresh.sets(), ledger.sets());
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        /// An adoption compares every wanted key and then only what is left over: that is everything.
+        #[test]
+        fn wanted_keys_and_leftovers_are_everything(before in moves(), after in moves()) {
+            let mut old = Ledger::new(&Family::BOTH);
+            let mut mirror = Mirror::default();
+            old.put_node(&fixture::facts());
+            for (key, wanted) in before.iter().map(state) {
+                old.put(&key, wanted);
+            }
+            let changes = compare(&mirror, &old, &Scope::All);
+            apply(&mut mirror, &changes);
+            let mut ledger = Ledger::new(&Family::BOTH);
+            let mut touched = ledger.put_node(&fixture::facts());
+            for (key, wanted) in after.iter().map(state) {
+                ledger.put_into(&key, wanted, &mut touched);
+            }
+            for scope in [Scope::Touched(&touched), Scope::Leftovers] {
+                let changes = compare(&mirror, &ledger, &scope);
+                apply(&mut mirror, &changes);
+            }
+            let rest = compare(&mirror, &ledger, &Scope::All);
+            prop_assert!(rest.is_empty(), "left: {:?}", rest.describe());
         }
     }
 

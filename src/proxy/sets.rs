@@ -3,6 +3,7 @@
 //! All that changes with Services lives in these sets, so that the rules that name them never do.
 
 use std::net::IpAddr;
+use std::sync::LazyLock;
 
 use ferroute_iptables as iptables;
 use ferroute_iptables::ipset::{Entry, Extra, Options, SetType};
@@ -103,6 +104,14 @@ impl SetId {
 
     /// Name in the kernel: IPv6 sets carry kube-router's `inet6:` prefix.
     pub fn name(self) -> iptables::SetName {
+        // Asked for with every entry.
+        static NAMES: LazyLock<[[iptables::SetName; 2]; Role::ALL.len()]> = LazyLock::new(|| {
+            Role::ALL.map(|role| iptables::Family::BOTH.map(|family| SetId { role, family }.spelled()))
+        });
+        NAMES[self.role as usize][usize::from(self.family == iptables::Family::V6)]
+    }
+
+    fn spelled(self) -> iptables::SetName {
         let name = match self.family {
             iptables::Family::V4 => self.role.name().to_owned(),
             iptables::Family::V6 => format!("inet6:{}", self.role.name()),
@@ -235,6 +244,10 @@ mod tests {
             })
             .collect();
         assert_eq!(names.len(), 22);
+        for (place, role) in Role::ALL.into_iter().enumerate() {
+            assert_eq!(role as usize, place, "names are found by their place");
+            assert_eq!(SetId { role, family: iptables::Family::V4 }.name().as_str(), role.name());
+        }
     }
 
     #[test]

@@ -127,8 +127,14 @@ pub fn diff_entries(
     keys: impl IntoIterator<Item = (SetName, Entry)>,
 ) -> Difference {
     let mut wanted: BTreeMap<SetName, Vec<Entry>> = BTreeMap::new();
-    for (set, entry) in keys {
-        wanted.entry(set).or_default().push(entry.normal());
+    let mut keys = keys.into_iter().peekable();
+    while let Some((set, entry)) = keys.next() {
+        let entries = wanted.entry(set).or_default();
+        entries.push(entry.normal());
+        // Keys mostly come sorted.
+        while let Some((_, entry)) = keys.next_if(|(next, _)| *next == set) {
+            entries.push(entry.normal());
+        }
     }
     let mut steps = Steps::default();
     for (name, mut entries) in wanted {
@@ -151,6 +157,24 @@ pub fn diff_entries(
         }
     }
     Difference { changes: steps.in_order(), retype: steps.retype, destroy: Vec::new() }
+}
+
+/// The part of [`diff`] that removes: entries and sets that are not desired.
+#[must_use]
+pub fn diff_leftovers(actual: &Sets, desired: &Sets) -> Difference {
+    let mut steps = Steps::default();
+    let mut destroy = Vec::new();
+    for (name, have) in actual {
+        let Some(want) = desired.get(name) else {
+            destroy.push(Change::Destroy { set: *name });
+            continue;
+        };
+        // Another type or other options: the whole set is to be replaced, and that is no leftover.
+        if have.kind() == want.kind() && have.options() == want.options() {
+            steps.entries(*name, Vec::new(), unwanted(have, want));
+        }
+    }
+    Difference { changes: steps.in_order(), retype: Vec::new(), destroy }
 }
 
 /// Steps by their place in the order.
@@ -184,9 +208,7 @@ impl Steps {
                 let add =
                     want.entries().iter().filter(|(entry, extra)| have.entries().get(entry) != Some(extra));
                 let add = add.map(|(entry, extra)| (*entry, *extra)).collect();
-                let delete = have.entries().keys().filter(|entry| !want.entries().contains_key(entry));
-                let delete = delete.copied().collect();
-                self.entries(name, add, delete);
+                self.entries(name, add, unwanted(have, want));
             }
         }
     }
@@ -211,6 +233,10 @@ impl Steps {
 
 fn all(set: &Set) -> Vec<(Entry, Extra)> {
     set.entries().iter().map(|(entry, extra)| (*entry, *extra)).collect()
+}
+
+fn unwanted(have: &Set, want: &Set) -> Vec<Entry> {
+    have.entries().keys().filter(|entry| !want.entries().contains_key(entry)).copied().collect()
 }
 
 fn create(set: SetName, want: &Set) -> Change {
@@ -332,6 +358,17 @@ mod tests {
                     _ => prop_assert_eq!(Some(set), before.get(name)),
                 }
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn leftovers_are_the_removals_of_the_whole_difference(a in any_sets(), b in any_sets()) {
+            let (mut whole, left) = (diff(&a, &b), diff_leftovers(&a, &b));
+            whole.changes.retain(|change| matches!(change, Change::Delete { .. }));
+            prop_assert_eq!(left.changes, whole.changes);
+            prop_assert_eq!(left.destroy, whole.destroy);
+            prop_assert_eq!(left.retype, []);
         }
     }
 

@@ -6,7 +6,7 @@ mod handle;
 mod set;
 mod wire;
 
-pub use diff::{Change, Difference, Retype, apply_to, diff, diff_entries};
+pub use diff::{Change, Difference, Retype, apply_to, diff, diff_entries, diff_leftovers};
 pub use error::{Error, Failed, Refusal};
 pub use handle::Handle;
 pub use set::{Entry, Extra, Kind, Mark, Misfit, Options, Set, SetType, Sets};
