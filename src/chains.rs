@@ -12,7 +12,8 @@ use ferroute_iptables::{
 };
 
 use crate::cleanup::Cleanup;
-use crate::disturbance::Disturbance;
+use crate::disturbance::{self, Disturbance};
+use crate::host::events::Watching;
 
 /// Chains and jumps by family and table.
 pub type Rules = BTreeMap<(Family, TableName), Ruleset>;
@@ -176,6 +177,10 @@ impl Chains {
         if !self.disturbances.iter_mut().any(Disturbance::is_seen) {
             return false;
         }
+        let Ok(_turn) = TURN.try_lock() else {
+            // A room of this process writes. It stays seen until that is over.
+            return false;
+        };
         if writes() == self.settled_writes {
             return true;
         }
@@ -183,6 +188,14 @@ impl Chains {
         // time is found by the audit.
         self.settle_disturbances();
         false
+    }
+
+    /// Calls `wake` whenever a program of the legacy variant has run, from a thread of its own that ends
+    /// when what is returned is dropped. `None` where nothing tells so: the nft variant's changes are found by
+    /// [`Chains::is_disturbed`] alone.
+    pub fn watch(&self, wake: impl Fn() + Send + 'static) -> Option<Watching> {
+        let legacy = self.commands.values().any(|command| command.variant() == Variant::Legacy);
+        legacy.then(|| disturbance::watch(wake)).flatten()
     }
 
     fn settle_disturbances(&mut self) {
@@ -199,8 +212,9 @@ impl Chains {
     /// else only tables whose rules changed since the last call are looked at. One table that
     /// fails does not keep the others from being written.
     pub fn sync(&mut self, wanted: Rules, check: bool) -> Result<usize, Error> {
-        let listings = std::mem::take(&mut self.listings);
-        let listings = if listings.is_empty() || self.is_disturbed() { BTreeMap::new() } else { listings };
+        if !self.listings.is_empty() && self.is_disturbed() {
+            self.listings.clear();
+        }
         if check {
             // Before reading: what others do meanwhile is seen again.
             self.settle_disturbances();
@@ -215,6 +229,8 @@ impl Chains {
         }
         for (family, tables) in families {
             let Some(command) = self.commands.get(&family).cloned() else { continue };
+            // Good once.
+            let listing = self.listings.remove(&family);
             // One lock for both families: who waited for it once need not wait again.
             if let Err(error) = self.locked_out(family) {
                 tables.iter().for_each(|(table, _)| drop(self.known.remove(&(family, *table))));
@@ -223,10 +239,13 @@ impl Chains {
             }
             // Programs are dear, so one reads and one writes all tables of a family.
             let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-            let results = match listings.get(&family) {
-                Some(listing) => command.sync_tables_from(listing, &self.ours, &tables),
+            let results = match listing {
+                Some(listing) => command.sync_tables_from(&listing, &self.ours, &tables),
                 None => command.sync_tables(&self.ours, &tables),
             };
+            let wrote = results.iter().flatten().filter(|plan| !plan.is_empty()).count();
+            // In turn, so that no room takes it for a stranger's doing.
+            WRITES.fetch_add(wrote as u64, Ordering::AcqRel);
             drop(turn);
             if let Some(one) = results.iter().find(|one| one.is_err()).or(results.first()) {
                 self.note_lock(one);
@@ -235,7 +254,6 @@ impl Chains {
                 match result {
                     Ok(plan) => {
                         if !plan.is_empty() {
-                            WRITES.fetch_add(1, Ordering::AcqRel);
                             repaired += 1;
                             tracing::info!(?family, %table, changes = ?plan.describe(), "iptables written");
                         }
@@ -355,6 +373,9 @@ impl Chains {
                 let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
                 let outcome = timed(&mut self.runs, family, true, || command.write(table, &plan));
                 self.note_lock(&outcome);
+                if outcome.is_ok() {
+                    WRITES.fetch_add(1, Ordering::AcqRel);
+                }
                 outcome
             });
             if let Err(error) = outcome {
@@ -364,7 +385,6 @@ impl Chains {
                 }
                 return Err(error);
             }
-            WRITES.fetch_add(1, Ordering::AcqRel);
         }
         found.note(&plan);
         self.found.insert((family, table), found);

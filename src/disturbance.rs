@@ -1,7 +1,8 @@
 //! Whether another program may have changed the host's rules since a room last looked: a cheap
 //! question, asked often, so that reading all rules back can be rare.
 //!
-//! The legacy variant takes a lock file for every run, which inotify sees; the nft variant makes a new
+//! The legacy variant takes a lock file for every run, and inotify sees when it lets go of it, which is
+//! after the write; the nft variant makes a new
 //! generation of the rule set with every change, whose number one netlink message gives. Neither says
 //! what changed or who did: what this process writes itself is to be followed by [`Disturbance::settle`].
 
@@ -12,6 +13,8 @@ use ferroute_iptables::Variant;
 use ferroute_netlink::{Batch, Protocol, Socket, attributes};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+
+use crate::host::events::Watching;
 
 /// `XT_LOCK_NAME` of iptables.
 const LOCK: &str = "/run/xtables.lock";
@@ -91,8 +94,28 @@ fn watch_lock(path: &Path) -> std::io::Result<Inotify> {
     // Made as iptables makes it, where nobody has run yet.
     std::fs::OpenOptions::new().create(true).append(true).open(path)?;
     let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-    watch.add_watch(path, AddWatchFlags::IN_OPEN)?;
+    // Not when it is opened: who reads then may be too early, and is told no more.
+    watch.add_watch(path, AddWatchFlags::IN_CLOSE)?;
     Ok(watch)
+}
+
+/// Calls `wake` whenever a program of the legacy variant has run; `None` where the lock cannot be watched.
+/// Dropping what is returned ends the watch.
+pub fn watch(wake: impl Fn() + Send + 'static) -> Option<Watching> {
+    watch_file(Path::new(LOCK), wake)
+}
+
+fn watch_file(path: &Path, wake: impl Fn() + Send + 'static) -> Option<Watching> {
+    let told = |error: &dyn std::fmt::Display| {
+        tracing::debug!(%error, lock = LOCK, "changes of rules are seen by looks only");
+    };
+    let lock = watch_lock(path).map_err(|error| told(&error)).ok()?;
+    let ready = move |lock: &mut Inotify| {
+        drain(lock);
+        wake();
+        Ok(())
+    };
+    Watching::spawn("rule-events", lock, ready, move |error| told(&error)).map_err(|error| told(&error)).ok()
 }
 
 fn is_readable(watch: &Inotify) -> bool {
@@ -130,16 +153,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_opens_the_lock_is_seen_until_settled() {
+    fn who_had_the_lock_is_seen_until_settled() {
         let path = std::env::temp_dir().join(format!("ferroute-lock-{}", std::process::id()));
         let mut disturbance = Disturbance { source: Source::Lock(watch_lock(&path).unwrap()) };
         disturbance.settle();
         assert!(!disturbance.is_seen());
-        drop(std::fs::File::open(&path).unwrap());
+        let held = std::fs::File::open(&path).unwrap();
+        assert!(!disturbance.is_seen(), "what it will write is not there yet");
+        drop(held);
         assert!(disturbance.is_seen() && disturbance.is_seen());
         disturbance.settle();
         assert!(!disturbance.is_seen());
         std::fs::remove_file(path).unwrap();
         assert!(!Disturbance { source: Source::None }.is_seen());
+    }
+
+    #[test]
+    fn who_had_the_lock_wakes_until_the_watch_ends() {
+        let path = std::env::temp_dir().join(format!("ferroute-woken-{}", std::process::id()));
+        let (wake, woken) = std::sync::mpsc::channel();
+        let watching = watch_file(&path, move || wake.send(()).unwrap()).unwrap();
+        drop(std::fs::File::open(&path).unwrap());
+        woken.recv_timeout(std::time::Duration::from_secs(30)).unwrap();
+        drop(watching);
+        drop(std::fs::File::open(&path).unwrap());
+        // The thread is gone, and its sender with it.
+        assert!(woken.recv().is_err());
+        std::fs::remove_file(path).unwrap();
     }
 }

@@ -3,7 +3,7 @@
 //! Subscribe first, then dump: what changes between the two is then reported, not missed.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -160,37 +160,57 @@ impl Events {
     ///
     /// When waiting itself fails, `failed` is called with the reason and the thread ends.
     pub fn spawn(
-        mut self,
+        self,
         mut event: impl FnMut(Event) + Send + 'static,
         failed: impl FnOnce(Error) + Send + 'static,
     ) -> io::Result<Watching> {
+        let take = move |events: &mut Self| events.wait(Some(Duration::ZERO), &mut event).map(drop);
+        Watching::spawn("network-events", self, take, failed)
+    }
+}
+
+impl AsFd for Events {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Watching {
+    /// A thread of this name that sleeps until `source` can be read and calls `take` then, which must leave
+    /// nothing to read. When waiting or taking fails, `failed` is called with the reason and the thread ends.
+    pub fn spawn<S: AsFd + Send + 'static>(
+        name: &str,
+        mut source: S,
+        mut take: impl FnMut(&mut S) -> Result<(), Error> + Send + 'static,
+        failed: impl FnOnce(Error) + Send + 'static,
+    ) -> io::Result<Self> {
         let (stop, stopped) = UnixStream::pair()?;
-        let thread = std::thread::Builder::new().name("network-events".to_owned()).spawn(move || {
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             loop {
                 let mut ready = [
-                    PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
+                    PollFd::new(source.as_fd(), PollFlags::POLLIN),
                     PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
                 ];
                 match poll(&mut ready, PollTimeout::NONE) {
                     Ok(_) | Err(Errno::EINTR) => {}
                     Err(errno) => {
                         let source = ferroute_netlink::Error::Receive { source: errno };
-                        return failed(Error::Transport { action: "wait for network changes", source });
+                        return failed(Error::Transport { action: "wait for changes", source });
                     }
                 }
                 if ready[1].any().unwrap_or(true) {
                     return;
                 }
-                if let Err(error) = self.wait(Some(Duration::ZERO), &mut event) {
+                if let Err(error) = take(&mut source) {
                     return failed(error);
                 }
             }
         })?;
-        Ok(Watching { stop: Some(stop), thread: Some(thread) })
+        Ok(Self { stop: Some(stop), thread: Some(thread) })
     }
 }
 
-/// A running [`Events`] thread; dropping it ends the thread.
+/// A thread that waits for changes; dropping it ends the thread.
 #[derive(Debug)]
 pub struct Watching {
     stop: Option<UnixStream>,

@@ -62,12 +62,15 @@ pub struct HostChanges {
     pub addresses: bool,
     /// A route of ours went, or its link did.
     pub routes: bool,
+    /// A program that may write rules of the legacy variant ran.
+    pub rules: bool,
 }
 
 #[derive(Default)]
 struct HostFlags {
     addresses: AtomicBool,
     routes: AtomicBool,
+    rules: AtomicBool,
 }
 
 /// The handles. Each belongs to the network namespace of the thread that opened it.
@@ -80,7 +83,7 @@ pub struct Kernel {
     families: Vec<Family>,
     device: u32,
     flags: Arc<HostFlags>,
-    _watching: Option<Watching>,
+    _watching: Vec<Watching>,
     /// Sysctls whose refusal was told, so that it is told once.
     told: BTreeSet<String>,
     /// What the rules cannot be written without and was not found at the start.
@@ -132,10 +135,15 @@ impl Kernel {
         }
     }
 
-    /// Starts watching the network; `waker` is called when it changes. Called on the room's own
+    /// Starts watching the network and the rules; `waker` is called when they change. Called on the room's own
     /// thread, so that the watching thread has no more capabilities than the room.
     pub fn watch(&mut self, waker: Waker) -> Result<(), Error> {
-        self._watching = Some(watch(self.flags.clone(), waker)?);
+        let (flags, told) = (self.flags.clone(), waker.clone());
+        self._watching = vec![watch(self.flags.clone(), waker)?];
+        self._watching.extend(self.rules.watch(move || {
+            flags.rules.store(true, Ordering::Release);
+            told.wake();
+        }));
         Ok(())
     }
 
@@ -161,7 +169,7 @@ impl Kernel {
             families,
             device,
             flags: Arc::default(),
-            _watching: None,
+            _watching: Vec::new(),
             told: BTreeSet::new(),
             lacking: Vec::new(),
             listing: ipvs::Listing::default(),
@@ -198,6 +206,7 @@ impl Kernel {
         HostChanges {
             addresses: self.flags.addresses.swap(false, Ordering::AcqRel),
             routes: self.flags.routes.swap(false, Ordering::AcqRel),
+            rules: self.flags.rules.swap(false, Ordering::AcqRel),
         }
     }
 

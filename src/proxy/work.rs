@@ -1,6 +1,6 @@
 //! What the room cost the kernel so far: exact message counts and the dear parts' time.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Kernel tables the room speaks netlink to, in the order of [`Work::messages`].
 pub const TABLES: [&str; 4] = ["ipvs", "ipset", "route", "conntrack"];
@@ -32,6 +32,8 @@ pub struct Work {
     pub auditing: Duration,
     /// Time spent reading the kernel's tables when the room began.
     pub adopting: Duration,
+    /// When the API server's own Service was served with all its rules, if it was there at the start.
+    pub api_usable: Option<Instant>,
     /// Time spent in iptables programs.
     pub rules: Duration,
     /// Changes of the cluster that a pass brought into the kernel.

@@ -16,7 +16,7 @@ use ferroute_ipvs as ipvs;
 use ferroute_netlink::{Batch, Protocol, Socket, flags};
 use serde::{Deserialize, Serialize};
 
-use crate::shape::{API_ADDRESS, ENDPOINTS, NODE_ADDRESS, Shape, vip};
+use crate::shape::{API_ADDRESS, ENDPOINTS, NODE_ADDRESS, Shape};
 use crate::tables::{Script, Step, Tables, cold, ipvs_family, steps};
 
 /// Events of each kind in one run; the run's figure is their median.
@@ -152,7 +152,7 @@ pub fn ferroute(shape: &Shape, capture: Option<&Path>) -> Result<Samples> {
     shape.fill(&cluster)?;
     let running = Running::start(shape, &cluster)?;
     let opened = running.view.work();
-    let watcher = capture.map(|_| std::thread::spawn(first_services));
+    let watcher = capture.map(|_| std::thread::spawn(api_service_served));
     let started = Instant::now();
     NEEDED.into_iter().for_each(|kind| cluster.set_listed(kind));
     running.wait("the cold start", |running| running.view.health().passes > 0)?;
@@ -163,11 +163,17 @@ pub fn ferroute(shape: &Shape, capture: Option<&Path>) -> Result<Samples> {
     put("cold start", Sample { ms: ms(all), ..sample });
     put("cold start: tables", Sample { ms: ms(all.saturating_sub(work.rules)), ..sample });
     put("cold start: chains", Sample { ms: ms(work.rules), ..Sample::default() });
+    let usable = work.api_usable.context("no API Service")?;
+    put(
+        "API Service usable",
+        Sample { ms: ms(usable.saturating_duration_since(started)), ..Sample::default() },
+    );
     if let Some(watcher) = watcher {
         let seen = watcher.join().map_err(|_| anyhow::anyhow!("the watcher panicked"))??;
-        for (row, seen) in ["API Service served", "API Service usable"].into_iter().zip(seen) {
-            put(row, Sample { ms: ms(seen.saturating_duration_since(started)), ..Sample::default() });
-        }
+        put(
+            "API Service served",
+            Sample { ms: ms(seen.saturating_duration_since(started)), ..Sample::default() },
+        );
     }
     snapshot(capture)?;
     if let Some(folder) = capture {
@@ -246,22 +252,19 @@ pub fn ferroute(shape: &Shape, capture: Option<&Path>) -> Result<Samples> {
     Ok(samples)
 }
 
-/// When the API server's own Service was in the kernel, and when the first Service after it: the
-/// chains are complete then, too.
-fn first_services() -> Result<[Instant; 2]> {
+/// When the API server's own Service was in the kernel.
+fn api_service_served() -> Result<Instant> {
     let mut handle = ipvs::Handle::open()?;
-    let mut first = |address, port| {
-        let server = ipvs::VirtualServerKey::Address { protocol: ipvs::Protocol::Tcp, address, port };
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while Instant::now() < deadline {
-            if handle.dump_destinations(server).is_ok_and(|found| !found.is_empty()) {
-                return Ok(Instant::now());
-            }
-            std::thread::sleep(Duration::from_millis(1));
+    let server =
+        ipvs::VirtualServerKey::Address { protocol: ipvs::Protocol::Tcp, address: API_ADDRESS, port: 443 };
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while Instant::now() < deadline {
+        if handle.dump_destinations(server).is_ok_and(|found| !found.is_empty()) {
+            return Ok(Instant::now());
         }
-        bail!("no Service came in a minute")
-    };
-    Ok([first(API_ADDRESS, 443)?, first(vip(0), 80)?])
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    bail!("no Service came in a minute")
 }
 
 /// What the usual commands need to make the same state.

@@ -3,32 +3,36 @@
 //! It alone writes the kernel tables of Services. An event narrows a pass to the keys it touches;
 //! an audit reads the kernel back and compares everything. Both run the same code.
 
+mod apply;
+mod check;
+
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use ferroute_iptables::ipset;
+use ferroute_iptables::Family;
 use ferroute_ipvs as ipvs;
 
-use super::drain::Drains;
-use super::error::Error;
-use super::facts::Facts;
-use super::healthcheck::HealthServers;
-use super::hold::{Causes, Hold};
-use super::kernel::Kernel;
-use super::ledger::{Ledger, Touched};
-use super::mirror::{self, Changes, Mirror, Scope};
-use super::programmed::State;
-use super::settings::Settings;
-use super::status::Status;
-use super::view::{Request, Shared, View};
-use crate::cluster::service::{Problem, Protocol, Service};
+use crate::chains::Rules;
+use crate::cluster::service::{Problem, Service};
 use crate::cluster::{Dirty, Interests, Kind, ServiceKey, Subscription};
-use crate::host::conntrack::RemovedEndpoint;
+use crate::proxy::desired::desired;
+use crate::proxy::drain::Drains;
+use crate::proxy::error::Error;
+use crate::proxy::facts::Facts;
+use crate::proxy::healthcheck::HealthServers;
+use crate::proxy::hold::{Causes, Hold};
+use crate::proxy::kernel::Kernel;
+use crate::proxy::ledger::{Ledger, Touched};
+use crate::proxy::mirror::{self, Changes, Mirror, Scope};
+use crate::proxy::programmed::State;
+use crate::proxy::settings::Settings;
+use crate::proxy::status::Status;
+use crate::proxy::view::{Request, Shared, View};
 use crate::report::Reporter;
-use crate::schedule::{Due, Looks, Schedule, Stopwatch};
+use crate::schedule::{Looks, Schedule};
 
 /// Services taken per step: bounds the memory of a cold start and lets it begin serving at once.
 const STEP: usize = 512;
@@ -177,6 +181,9 @@ impl Room {
         if host_changed.routes {
             self.schedule.request_routes(started);
         }
+        if host_changed.rules && self.kernel.are_rules_disturbed() {
+            self.schedule.suspect_rules();
+        }
         if !self.adopted
             || host_changed.addresses
             || !self.pending.nodes.is_empty()
@@ -216,7 +223,8 @@ impl Room {
             // What was in the kernel before and nobody wants is removed only now that every
             // Service is known.
             self.keep_leftovers();
-            clean &= self.pass(&Scope::All);
+            // What is wanted was compared on the way; what failed there is compared once more.
+            clean &= self.pass(if clean { &Scope::Leftovers } else { &Scope::All });
             clean &= self.sync_rules(!self.rules_checked);
             // What failed is compared again soon; it does not keep the rest from being adopted.
             self.adopted = true;
@@ -316,15 +324,6 @@ impl Room {
         self.pass(&Scope::Touched(&touched))
     }
 
-    /// Makes every set exist, with at least what is wanted so far: rules name them all.
-    fn ensure_sets(&mut self) -> bool {
-        let difference = ipset::diff(&self.mirror.sets, self.ledger.sets());
-        let mut changes = Changes { retype: difference.retype, ..Changes::default() };
-        changes.sets_first = difference.changes;
-        changes.sets_first.retain(|change| !matches!(change, ipset::Change::Delete { .. }));
-        self.apply(changes)
-    }
-
     /// Recomputes dirty Services step by step; the API server's own Service first and alone, so
     /// that nothing else can delay it.
     fn take_services(&mut self, dirty: &Dirty) -> bool {
@@ -334,7 +333,7 @@ impl Room {
             clean &= self.step(std::iter::once(&api));
             if !self.adopted {
                 // Rules come before the many others: without masquerade the API Service is no use.
-                clean &= self.sync_rules(true);
+                clean &= self.write_rules_for(&api);
             }
         }
         let mut keys =
@@ -343,6 +342,22 @@ impl Room {
             clean &= self.step(keys.by_ref().take(STEP));
         }
         clean
+    }
+
+    /// Writes the rules, beginning with the families that the API server's own Service has.
+    fn write_rules_for(&mut self, api: &ServiceKey) -> bool {
+        let families: BTreeSet<Family> =
+            self.ledger.frontends(api).iter().map(|frontend| Family::of(frontend.address)).collect();
+        let (first, rest): (Rules, Rules) =
+            self.wanted_rules().into_iter().partition(|((family, _), _)| families.contains(family));
+        let served = !first.is_empty();
+        let usable = self.write_rules(first, true);
+        if served && usable {
+            self.shared.worked(|work| work.api_usable = Some(Instant::now()));
+        }
+        let complete = self.write_rules(rest, true);
+        self.rules_wrong = !(usable && complete);
+        usable && complete
     }
 
     /// What cannot be read now, as far as it concerns this room.
@@ -392,7 +407,7 @@ impl Room {
                 cluster.services.get(key).map(|service| {
                     let readable = cluster.slices.get(key);
                     let held = self.hold.slices(key, readable);
-                    super::desired::desired(
+                    desired(
                         service,
                         held.as_ref().or(readable),
                         &self.facts,
@@ -458,23 +473,6 @@ impl Room {
         self.shared.programmed.note(vips.into_iter().map(|vip| (vip, state(vip))));
     }
 
-    /// A pass over everything after the kernel was read back: what differs was not our doing.
-    fn repair(&mut self) -> bool {
-        let changes = self.compare(&Scope::All);
-        let clean = if changes.is_empty() {
-            self.found(&changes)
-        } else {
-            self.shared.drifted(changes.len());
-            tracing::warn!(
-                changes = changes.len(),
-                "kernel state differed from what was programmed, repairing"
-            );
-            self.apply(changes)
-        };
-        self.note_programmed(&Scope::All);
-        clean
-    }
-
     fn compare(&mut self, scope: &Scope<'_>) -> Changes {
         let changes = mirror::diff(
             &self.mirror,
@@ -485,177 +483,12 @@ impl Room {
             self.kernel.device(),
             scope,
             self.settings.graceful_period,
-            super::kernel::now,
+            crate::proxy::kernel::now,
         );
         if !self.drains.is_empty() && self.next_drain_tick.is_none() {
             self.next_drain_tick = Some(Instant::now() + DRAIN_TICK);
         }
         changes
-    }
-
-    fn apply(&mut self, changes: Changes) -> bool {
-        tracing::debug!(changes = ?changes.describe(), "kernel tables change");
-        let udp = changes.udp(&self.mirror, |key| self.ledger.protocol(key));
-        let mut clean = true;
-
-        if !changes.retype.is_empty() {
-            if let Err(error) = self.kernel.retype(&changes.retype) {
-                clean = self.failed_to("replace sets of another type", &error);
-            }
-            clean &= self.sync_rules(true);
-        }
-        let mut refused = BTreeSet::new();
-        clean &= self.apply_sets(&changes.sets_first);
-        clean &= self.apply_servers(&changes.servers, &mut refused);
-        clean &= self.apply_routes(&changes.routes);
-        clean &= self.apply_servers(&changes.servers_last, &mut refused);
-        clean &= self.apply_sets(&changes.sets_last);
-        if !changes.retype.is_empty() {
-            clean &= self.read_kernel();
-        }
-        if !changes.servers.is_empty() || !changes.servers_last.is_empty() {
-            self.fingerprint = None;
-        }
-        if clean {
-            for (key, wanted) in changes.wanted {
-                if refused.contains(&key) {
-                    // Half done perhaps; the retry reads it back.
-                    self.undone.insert(key);
-                    continue;
-                }
-                self.undone.remove(&key);
-                match wanted {
-                    Some(server) => self.mirror.servers.insert(key, server),
-                    None => self.mirror.servers.remove(&key),
-                };
-            }
-            if !udp.removed.is_empty() || !udp.appeared.is_empty() {
-                clean &= self.expire_udp(&udp);
-            }
-        } else {
-            self.undone.extend(changes.wanted.keys());
-        }
-        clean
-    }
-
-    fn apply_sets(&mut self, changes: &[ipset::Change]) -> bool {
-        if changes.is_empty() {
-            return true;
-        }
-        match self.kernel.apply_sets(changes, &mut self.mirror.sets) {
-            Ok(failures) => {
-                for failure in &failures {
-                    tracing::warn!(error = %failure, "set change refused");
-                    self.shared.error(failure);
-                }
-                self.refused |= !failures.is_empty();
-                true
-            }
-            Err(error) => self.failed_to("write sets", &error),
-        }
-    }
-
-    fn apply_servers(
-        &mut self,
-        changes: &[ipvs::Change],
-        refused: &mut BTreeSet<ipvs::VirtualServerKey>,
-    ) -> bool {
-        if changes.is_empty() {
-            return true;
-        }
-        let failures = match self.kernel.apply_servers(changes) {
-            Ok(failures) => failures,
-            Err(error) => return self.failed_to("write virtual servers", &error),
-        };
-        self.refused |= !failures.is_empty();
-        for failure in failures {
-            let Some(change) = changes.get(failure.index) else { continue };
-            let server = change.server();
-            refused.insert(server);
-            let service = self.ledger.owner(&server);
-            if let (Some(service), Some(scheduler)) = (&service, missing_scheduler(&failure.error)) {
-                tracing::warn!(%service, %scheduler, "kernel has no such scheduler, rr is used");
-                self.missing_schedulers.insert(scheduler.name().into());
-                // Every Service may name it; the facts did not change, so ask for all of them.
-                self.pending.services.extend(self.ledger.service_keys().cloned());
-                continue;
-            }
-            let service_text = service.as_ref().map(ToString::to_string);
-            tracing::warn!(service = service_text, change = %change, error = %failure.error, "virtual server change refused");
-            self.shared.error(&failure.error);
-            if let Some(service) = service {
-                let uid = self.uid(&service);
-                self.troubled.insert(service.clone());
-                self.reporter.problem(
-                    "Service",
-                    &service,
-                    &uid,
-                    &Problem {
-                        reason: "NotProgrammed",
-                        message: format!(
-                            "node {} could not {change} for Service {service}: {}; it is tried again on the next pass",
-                            self.facts.name, failure.error
-                        ),
-                    },
-                );
-            }
-        }
-        true
-    }
-
-    fn apply_routes(&mut self, changes: &[crate::host::route::RouteChange]) -> bool {
-        if changes.is_empty() {
-            return true;
-        }
-        match self.kernel.apply_routes(changes, &mut self.mirror.routes) {
-            Ok(failures) => {
-                for failure in &failures {
-                    tracing::warn!(error = %failure.error, "VIP route refused");
-                    self.shared.error(&failure.error);
-                }
-                self.refused |= !failures.is_empty();
-                true
-            }
-            Err(error) => self.failed_to("write VIP routes", &error),
-        }
-    }
-
-    /// Expires the UDP flows of removed endpoints, and those that met a VIP while nobody served it.
-    fn expire_udp(&mut self, udp: &mirror::UdpChanges) -> bool {
-        let removed: Vec<RemovedEndpoint> = udp
-            .removed
-            .iter()
-            .flat_map(|(key, address, port)| {
-                let endpoint = SocketAddr::new(*address, *port);
-                self.fronts(key)
-                    .into_iter()
-                    .map(move |virtual_server| RemovedEndpoint { virtual_server, endpoint })
-            })
-            .collect();
-        let appeared: Vec<SocketAddr> = udp.appeared.iter().flat_map(|key| self.fronts(key)).collect();
-        match self.kernel.expire_udp(&removed, &appeared) {
-            Ok(expired) => {
-                self.shared.expired_flows(expired);
-                true
-            }
-            Err(error) => self.failed_to("expire stale UDP flows", &error),
-        }
-    }
-
-    /// Where clients meet a virtual server; those with a mark are met at every frontend of the port.
-    fn fronts(&self, key: &ipvs::VirtualServerKey) -> Vec<SocketAddr> {
-        match *key {
-            ipvs::VirtualServerKey::Address { address, port, .. } => vec![SocketAddr::new(address, port)],
-            ipvs::VirtualServerKey::Mark { .. } => self
-                .ledger
-                .owner(key)
-                .map(|service| self.ledger.frontends(&service))
-                .unwrap_or_default()
-                .into_iter()
-                .filter(|front| front.protocol == Protocol::Udp && front.local_clients.is_some())
-                .map(|front| SocketAddr::new(front.address, front.port))
-                .collect(),
-        }
     }
 
     /// Looks at what drains; deletes what is quiet or out of time.
@@ -680,101 +513,6 @@ impl Room {
             }
         }
         touched.servers.is_empty() || self.pass(&Scope::Touched(&touched))
-    }
-
-    /// Looks whether anything seems to have changed; if so, it is read back on the next turn.
-    fn look(&mut self, started: Instant) {
-        let watch = Stopwatch::start();
-        if self.kernel.are_rules_disturbed() {
-            self.schedule.suspect_rules();
-        }
-        let looks_changed = self.kernel.looks_changed(&self.mirror, &self.ledger, &mut self.fingerprint);
-        let alarmed = looks_changed.unwrap_or_else(|error| {
-            tracing::debug!(%error, "cannot look at the kernel tables, audits will");
-            false
-        });
-        if alarmed {
-            self.schedule.request_full(started);
-        }
-        let cost = watch.cost();
-        tracing::debug!(?cost, alarmed, "looked at the kernel tables");
-        self.looks.looked(started, cost, alarmed);
-    }
-
-    /// Reads kernel tables back and repairs what differs.
-    fn audit(&mut self, audit: Due) -> bool {
-        let started = Instant::now();
-        let mut clean = true;
-        if audit.tables {
-            let before = self.shared.drift();
-            clean = self.read_kernel() && self.repair();
-            self.looks.audited(self.shared.drift() > before);
-            self.kernel.prepare(&self.facts);
-        } else if audit.routes {
-            clean = self.read_routes() && self.repair();
-        }
-        let cost = started.elapsed();
-        self.schedule.tables_cost(cost);
-        if audit.tables {
-            self.shared.worked(|work| {
-                work.audits += 1;
-                work.auditing += cost;
-            });
-        }
-        if audit.rules {
-            let started = Instant::now();
-            clean &= self.sync_rules(true);
-            self.schedule.rules_cost(started.elapsed());
-        }
-        self.sync_health_servers();
-        clean
-    }
-
-    /// Replaces the mirror by what the kernel holds of ours.
-    fn read_kernel(&mut self) -> bool {
-        match self.kernel.read(&self.settings, &self.ledger, &self.mirror) {
-            Ok(mirror) => {
-                self.mirror = mirror;
-                self.fingerprint = None;
-                true
-            }
-            Err(error) => self.failed_to("read kernel tables", &error),
-        }
-    }
-
-    fn read_routes(&mut self) -> bool {
-        match self.kernel.ensure_link().and_then(|()| self.kernel.read_routes()) {
-            Ok(routes) => {
-                self.mirror.routes = routes;
-                true
-            }
-            Err(error) => self.failed_to("read VIP routes", &error),
-        }
-    }
-
-    /// Makes the chains right; `check` reads them back first, else only a change of ours is written.
-    fn sync_rules(&mut self, check: bool) -> bool {
-        let wanted = super::rules::desired(&self.settings, &self.facts, self.kernel.families());
-        let started = Instant::now();
-        let result = self.kernel.sync_rules(wanted, check);
-        self.shared.worked(|work| work.rules += started.elapsed());
-        match result {
-            Ok(repaired) => {
-                self.rules_checked |= check;
-                self.rules_wrong = false;
-                if repaired > 0 && self.adopted && check {
-                    self.shared.drifted(repaired);
-                }
-                true
-            }
-            Err(error) => {
-                self.rules_wrong = true;
-                if matches!(error, Error::Iptables(ferroute_iptables::Error::Locked { .. })) {
-                    self.schedule.lock_is_held();
-                }
-                self.failed_to("write proxy rules", &error)
-            }
-        }
     }
 
     fn sync_health_servers(&mut self) {
@@ -838,14 +576,6 @@ impl Room {
                 }
             }
         }
-    }
-}
-
-/// The scheduler that the kernel does not have, where that is why a change failed.
-fn missing_scheduler(error: &ipvs::ChangeError) -> Option<ipvs::Scheduler> {
-    match error {
-        ipvs::ChangeError::NoScheduler { scheduler, .. } => Some(*scheduler),
-        _ => None,
     }
 }
 
