@@ -192,7 +192,7 @@ fn a_rolling_update_under_load_loses_no_request() {
         let tally = load.stop();
         println!("rolled twice: {tally}");
         assert_eq!(tally.failed, 0, "{tally}");
-        assert!(tally.ok > 200 && tally.pods.len() >= 8, "{tally}");
+        assert!(tally.ok > 50 && tally.pods.len() >= 8, "{tally}");
     }
     assert_eq!(kubelet.problems(), Vec::<String>::new());
 }
@@ -415,11 +415,11 @@ fn a_crash_and_restart_under_load_fails_nothing_and_writes_nothing() {
     for load in loads {
         let tally = load.stop();
         println!("four restarts: {tally}");
-        assert!(tally.failed == 0 && tally.ok > 100, "{tally}");
+        assert!(tally.failed == 0 && tally.ok > 50, "{tally}");
     }
     for flow in flows {
         let tally = flow.stop();
-        assert!(tally.failed == 0 && tally.ok > 100, "{tally}");
+        assert!(tally.failed == 0 && tally.ok > 50, "{tally}");
     }
 }
 
