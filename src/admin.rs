@@ -22,7 +22,7 @@ use crate::http::{Answer, Method, Request, StatusCode};
 use crate::log;
 use crate::metrics::{self, ExportTime, Page};
 use crate::report::{CurrentProblem, Reporter};
-use crate::{netpol, proxy, routes};
+use crate::{netpol, network, proxy, routes};
 
 /// How long a room may take to describe itself.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(20);
@@ -48,6 +48,8 @@ pub struct Desk {
     pub netpol: Option<(netpol::View, Duration)>,
     /// Routes and their period (`--routes-sync-period`), where they run.
     pub routes: Option<(routes::View, Duration)>,
+    /// The pod network and its period (`--injected-routes-sync-period`), where it runs.
+    pub network: Option<(network::View, Duration)>,
     /// The watched state.
     pub cluster: Cluster,
     /// Problems of objects.
@@ -77,6 +79,9 @@ struct Status {
     /// BGP sessions.
     #[serde(skip_serializing_if = "Option::is_none")]
     bgp: Option<routes::Status>,
+    /// The pod network.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    network: Option<network::Status>,
 }
 
 impl Desk {
@@ -124,6 +129,9 @@ impl Desk {
         }
         if let Some((routes, _)) = &self.routes {
             routes.metrics(&mut page);
+        }
+        if let Some((network, _)) = &self.network {
+            network.metrics(page.text());
         }
         let since_epoch = self.started_at.duration_since(UNIX_EPOCH).unwrap_or_default();
         metrics::process(&mut page, since_epoch);
@@ -252,7 +260,8 @@ impl Desk {
         let proxy = self.proxy.iter().map(|(view, period)| room("proxy", *period, view.health()));
         let netpol = self.netpol.iter().map(|(view, period)| room("netpol", *period, view.health()));
         let routes = self.routes.iter().map(|(view, period)| room("routes", *period, view.health()));
-        proxy.chain(netpol).chain(routes).collect()
+        let network = self.network.iter().map(|(view, period)| room("network", *period, view.health()));
+        proxy.chain(netpol).chain(routes).chain(network).collect()
     }
 
     fn verdict(&self) -> Verdict {
@@ -301,6 +310,7 @@ impl Desk {
             services: self.proxy.as_ref().and_then(|(proxy, _)| proxy.status(STATUS_TIMEOUT)),
             policies: self.netpol.as_ref().and_then(|(netpol, _)| netpol.status(STATUS_TIMEOUT)),
             bgp: self.routes.as_ref().map(|(routes, _)| routes.status()),
+            network: self.network.as_ref().and_then(|(network, _)| network.status(STATUS_TIMEOUT)),
         }
     }
 
@@ -332,6 +342,7 @@ impl Desk {
             ("The service proxy", self.proxy.is_some(), status.services.as_ref().map(ToString::to_string)),
             ("Network policy", self.netpol.is_some(), status.policies.as_ref().map(ToString::to_string)),
             ("BGP", self.routes.is_some(), status.bgp.as_ref().map(ToString::to_string)),
+            ("The pod network", self.network.is_some(), status.network.as_ref().map(ToString::to_string)),
         ];
         for (name, runs, part) in parts {
             match part {

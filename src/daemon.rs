@@ -6,6 +6,9 @@
 //!     task "cluster" ---- Cluster (shared state) --- wakes -+-> thread "proxy"  ---> IPVS, sets, chains, routes
 //!          |                                                +-> thread "netpol" ---> sets, chains
 //!          |                                                +-> thread "routes" ---> BGP speaker (tasks)
+//!          |                                                |                   task "learned routes" |
+//!          |                                                +-> thread "network" <--------------------+
+//!          |                                                                 ---> tunnels, routes, sets, chains, CNI file
 //!          +-- Reporter <---- problems of objects ------------------+
 //!                                                                   | Views (health, status, metrics)
 //!     task "health server"   TCP   /healthz /livez /readyz  <-------+
@@ -37,6 +40,7 @@ use crate::http::{self, Answer, Listener, Request, StatusCode};
 use crate::log;
 use crate::metrics::ExportTime;
 use crate::netpol;
+use crate::network;
 use crate::proxy::{self, settings::Settings};
 use crate::report::Reporter;
 use crate::routes;
@@ -59,6 +63,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         proxy,
         netpol,
         routes,
+        network,
         notices,
     } = config;
     require_root()?;
@@ -106,7 +111,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the task runtime")?;
-    let (proxy, netpol, routes) = {
+    let (proxy, netpol, network, routes) = {
         // The API client and the health check node port servers belong to the runtime.
         let _inside = runtime.enter();
         check_access(&source)?;
@@ -126,16 +131,25 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
                 anyhow::Ok((room, view, period))
             })
             .transpose()?;
+        let network = network
+            .map(|settings| {
+                let period = settings.audit_period;
+                let subscription = cluster.subscribe_to(&network::room::NEEDED);
+                let (room, view) = network::Room::open(settings, subscription, &reporter)?;
+                anyhow::Ok((room, view, period))
+            })
+            .transpose()?;
+        let own = network.as_ref().map(|(_, view, _)| view.addresses()).unwrap_or_default();
         let routes = routes
             .map(|settings| {
                 let period = settings.audit_period;
                 let subscription = cluster.subscribe_to(&Interests::ROUTES);
                 let programmed = proxy.as_ref().map(|(_, view, _)| view.programmed());
-                let (room, view) = routes::Room::open(settings, subscription, &reporter, programmed)?;
+                let (room, view) = routes::Room::open(settings, subscription, &reporter, programmed, &own)?;
                 anyhow::Ok((room, view, period))
             })
             .transpose()?;
-        (proxy, netpol, routes)
+        (proxy, netpol, network, routes)
     };
     capabilities::keep(&always)?;
 
@@ -146,6 +160,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         proxy: proxy.as_ref().map(|(_, view, period)| (view.clone(), *period)),
         netpol: netpol.as_ref().map(|(_, view, period)| (view.clone(), *period)),
         routes: routes.as_ref().map(|(_, view, period)| (view.clone(), *period)),
+        network: network.as_ref().map(|(_, view, period)| (view.clone(), *period)),
         cluster: cluster.clone(),
         reporter: reporter.clone(),
         level,
@@ -193,6 +208,19 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
                 .thread("netpol", move || Ok(room.run()?))
                 .context("cannot start the policy room's thread")?;
         }
+        if let Some((room, view, _)) = network {
+            if let Some((_, routes, _)) = &routes {
+                let following = network::learned::follow(routes.follow(), view.feed());
+                rooms.task("learned routes", async move {
+                    following.await;
+                    Ok(())
+                });
+            }
+            stops.push(Box::new(move || view.stop()));
+            rooms
+                .thread("network", move || Ok(room.run()?))
+                .context("cannot start the pod network's thread")?;
+        }
         if let Some((room, view, _)) = routes {
             stops.push(Box::new(move || view.stop()));
             let body = move || {
@@ -232,9 +260,10 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
 /// What a daemon with these flags would change; reads the kernel and the cluster, writes nothing.
 pub fn plan(config: Config, output: Output) -> anyhow::Result<String> {
     require_root()?;
-    let (proxy, netpol) = (config.proxy, config.netpol);
-    let Some(interests) = interests(&config.node_name, proxy.is_some(), netpol.is_some(), false) else {
-        bail!("nothing to plan: --run-service-proxy=false and --run-firewall=false");
+    let (proxy, netpol, network) = (config.proxy, config.netpol, config.network);
+    let Some(interests) = interests(&config.node_name, proxy.is_some(), netpol.is_some(), network.is_some())
+    else {
+        bail!("nothing to plan: --run-service-proxy=false, --run-firewall=false and --run-router=false");
     };
     let source = cluster_source(config.source, proxy.as_ref(), netpol.as_ref())?;
     let cluster = Cluster::new();
@@ -267,12 +296,14 @@ pub fn plan(config: Config, output: Output) -> anyhow::Result<String> {
     let plan = Plan {
         services: proxy.map(|settings| proxy::plan(&settings, &cluster)).transpose()?,
         policies: netpol.map(|settings| netpol::plan(&settings, &cluster)).transpose()?,
+        network: network.map(|settings| network::plan(&settings, &cluster)).transpose()?,
     };
     Ok(match output {
         Output::Text => {
             let services = plan.services.as_ref().map(ToString::to_string);
             let policies = plan.policies.as_ref().map(ToString::to_string);
-            services.into_iter().chain(policies).collect::<Vec<_>>().join("\n")
+            let network = plan.network.as_ref().map(ToString::to_string);
+            services.into_iter().chain(policies).chain(network).collect::<Vec<_>>().join("\n")
         }
         Output::Json => serde_json::to_string(&plan)?,
     })
@@ -286,6 +317,8 @@ struct Plan {
     services: Option<proxy::Status>,
     #[serde(skip_serializing_if = "Option::is_none")]
     policies: Option<netpol::Status>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    network: Option<network::Status>,
 }
 
 /// Without a firewall nothing has to be waited for. The socket answers nevertheless: a plugin that

@@ -16,6 +16,7 @@ fn main() -> ExitCode {
     }
     let environment = Environment {
         node_name: std::env::var("NODE_NAME").ok(),
+        cni_conf_file: std::env::var("KUBE_ROUTER_CNI_CONF_FILE").ok(),
         host_name: nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()),
     };
     let command = match config::parse(std::env::args_os().skip(1).collect(), &environment) {

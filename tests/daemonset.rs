@@ -38,7 +38,7 @@ fn config(args: &Value, address: &str) -> Config {
     let words = args.as_array().unwrap().iter();
     let words =
         words.map(|word| OsString::from(word.as_str().unwrap().replace("%APISERVER%", address))).collect();
-    let environment = Environment { node_name: Some("n1".to_owned()), host_name: None };
+    let environment = Environment { node_name: Some("n1".to_owned()), ..Environment::default() };
     match config::parse(words, &environment) {
         Ok(Command::Run(config)) => *config,
         other => panic!("{other:?}"),
@@ -76,7 +76,7 @@ fn flags_prepared_in_comments_are_flags() {
     let flags: Vec<&str> = text.lines().filter_map(|line| line.trim().strip_prefix("# - ")).collect();
     assert!(flags.len() >= 8, "{flags:?}");
     for flag in flags {
-        let environment = Environment { node_name: Some("n1".to_owned()), host_name: None };
+        let environment = Environment { node_name: Some("n1".to_owned()), ..Environment::default() };
         if let Err(mistakes) = config::parse(vec![flag.into()], &environment) {
             // Refused for what it asks, never for how it is written.
             assert_eq!(mistakes.exit_code(), 1, "{flag}: {mistakes}");

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use ferroute::cluster::{self, Cluster, Interests, Source};
 use ferroute::config::{self, Command, Environment};
+use ferroute::network::node_address::Addresses;
 use ferroute::proxy::facts::Facts;
 use ferroute::report::Reporter;
 use ferroute::routes::Settings;
@@ -57,7 +58,7 @@ fn render(cluster: &Cluster, settings: &Settings) -> String {
     let state = cluster.read();
     let node = &state.nodes[&settings.node_name];
     let facts = Facts::gather(&settings.services, &state, &[], true);
-    let (identity, mut problems) = identify(settings, node);
+    let (identity, mut problems) = identify(settings, node, &Addresses::new());
     let identity = identity.unwrap();
     let (wishes, told) = wishes(node, &Wishes::default());
     problems.extend(told);

@@ -18,6 +18,7 @@ use ferroute::network::learned::News;
 use ferroute::network::node_address::Methods;
 use ferroute::network::settings::Reach;
 use ferroute::network::{self, Room, Settings, View, overlay};
+use ferroute::report::Reporter;
 use ferroute_kit::Netns;
 
 /// How long a first pass may take here, where a program takes tens of milliseconds to start.
@@ -64,7 +65,7 @@ impl Running {
     fn start(netns: &Netns, settings: Settings, cluster: &Cluster) -> Self {
         let subscription = cluster.subscribe_to(&[Kind::Node]);
         let (view, thread) = netns.run(|| {
-            let (room, view) = Room::open(settings, subscription).unwrap();
+            let (room, view) = Room::open(settings, subscription, &Reporter::new("here")).unwrap();
             (view, std::thread::spawn(move || room.run().unwrap()))
         });
         Self { view, thread: Some(thread) }

@@ -41,6 +41,16 @@ fn bird_at_the_router(cluster: &Cluster) -> Bird {
     Bird::start(&cluster.router, &config)
 }
 
+/// Waits until a node's kernel has routes of ours that begin so.
+fn wait_kernel(lab: &Lab, number: usize, wanted: &[&str]) {
+    eventually(&format!("routes in the kernel of node {number}"), SESSION, || {
+        let show = "ip route show proto 70; ip -6 route show proto 70";
+        let found = lab.node(number).exec("sh", &["-c", show]).unwrap();
+        let has = |line: &&str| found.lines().any(|route| route.starts_with(*line));
+        if wanted.iter().all(has) { Ok(()) } else { Err(format!("not all of {wanted:?} in\n{found}")) }
+    });
+}
+
 fn annotate(lab: &Lab, node: &str, name: &str, text: Option<&str>) {
     let patch = json!({"metadata": {"annotations": {(format!("kube-router.io/{name}")): text}}});
     lab.server.patch("nodes", "", node, patch).unwrap();
@@ -81,6 +91,18 @@ fn nodes_learn_pods_and_the_router_learns_services() {
         ] {
             wait_row(&lab, node, &["routes"], &row);
         }
+    }
+    // And so does its kernel, in both.
+    for (node, other) in [(1, 2), (2, 3), (3, 1)] {
+        wait_kernel(
+            &lab,
+            node,
+            &[
+                &format!("10.244.{other}.0/24 via 10.10.0.1{other} dev eth0"),
+                &format!("fd00:244:{other}::/64 via fd00:10:10::1{other} dev eth0"),
+                "198.51.100.0/24 via 10.10.0.1 dev eth0",
+            ],
+        );
     }
     // The router knows all pods, and Services where somebody answers.
     let everywhere = ["203.0.113.10/32", "2001:db8:7::10/128"];
@@ -132,7 +154,16 @@ fn nodes_learn_pods_and_the_router_learns_services() {
     let text = lab.node(1).exec(PROGRAM, &["bgp", "neighbors", &socket]).unwrap();
     assert!(text.contains("BGP: AS 64512, router id 10.10.0.11"), "{text}");
     assert!(text.contains("node n2") && text.contains("external peer"), "{text}");
-    assert!(lab.node(1).exec(PROGRAM, &["status", &socket]).unwrap().contains("BGP: AS 64512"));
+    let text = lab.node(1).exec(PROGRAM, &["status", &socket]).unwrap();
+    for part in [
+        "BGP: AS 64512",
+        "pod network: 5 prefixes learned, 5 routes, 0 tunnels, 0 refused",
+        "[+] network: ",
+        "there is no /etc/cni/net.d/10-kuberouter.conf on Node n1",
+    ] {
+        assert!(text.contains(part), "{part:?} is missing in\n{text}");
+    }
+    assert_eq!(lab.metric(1, "ferroute_network_routes"), 5.0);
     let info = "kube_router_bgp_peer_info{address=\"10.10.0.1\",type=\"external\",asn=\"65000\",state=\"established\"}";
     assert_eq!(lab.metric(1, info), 1.0);
     assert_eq!(lab.metric(1, "ferroute_bgp_session_up{address=\"10.10.0.12\"}"), 1.0);

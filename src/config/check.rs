@@ -1,5 +1,6 @@
 //! From values to [`Config`]: every check, all mistakes together.
 
+mod network;
 mod routing;
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -96,6 +97,7 @@ impl Check<'_> {
             proxy: None,
             netpol: None,
             routes: None,
+            network: None,
             notices,
         };
         if let (Some(health), Some(metrics)) = (config.health, &config.metrics)
@@ -111,11 +113,13 @@ impl Check<'_> {
         let settings = self.proxy(config.node_name.clone());
         let netpol = self.policy(&settings, proxy);
         let routing = self.routes(&settings);
+        let network = self.network(&settings, environment);
         self.finish()?;
         Ok(Config {
             proxy: proxy.then_some(settings),
             netpol: policy.then_some(netpol),
             routes: routing.filter(|_| routes),
+            network: network.filter(|_| routes),
             ..config
         })
     }
@@ -175,9 +179,10 @@ impl Check<'_> {
     fn rooms(&mut self, notices: &mut Vec<String>) -> Running {
         let first = notices.len();
         let (proxy, policy) = (self.switch("run-service-proxy"), self.switch("run-firewall"));
-        // Other than kube-router's: whoever replaces a proxy alone must not get a second router.
-        let routes = self.given.is_explicit("run-router") && self.switch("run-router");
-        if !self.given.is_explicit("run-router") {
+        // Without an API server there are rarely other nodes, and the host is no cluster's: not unasked.
+        let is_unasked = !self.given.is_explicit("run-router") && !self.given.text("manifests").is_empty();
+        let routes = self.switch("run-router") && !is_unasked;
+        if is_unasked {
             self.asked_in_vain(Room::Routes, notices);
         }
         if self.switch("run-loadbalancer") {
@@ -189,13 +194,13 @@ impl Check<'_> {
         } else if !self.given.is_explicit("run-loadbalancer") {
             self.asked_in_vain(Room::LoadBalancer, notices);
         }
-        if !proxy && !policy && !routes && !self.given.is_explicit("run-router") {
-            self.meaning(
-                "nothing to run: --run-service-proxy=false and --run-firewall=false, and routes are off unless \
-                 --run-router=true; write --run-router=false as well if that is meant",
-            );
-        }
-        if !routes && !self.given.is_explicit("run-router") {
+        if is_unasked {
+            if !proxy && !policy {
+                self.meaning(
+                    "nothing to run: --run-service-proxy=false and --run-firewall=false, and with --manifests routes \
+                     are off unless --run-router=true; write --run-router=false as well if that is meant",
+                );
+            }
             let running: Vec<&str> = [(proxy, Room::Proxy), (policy, Room::Policy)]
                 .into_iter()
                 .filter(|(runs, _)| *runs)
@@ -204,7 +209,7 @@ impl Check<'_> {
             notices.insert(
                 first,
                 format!(
-                    "routes and BGP are off unless --run-router=true; running {} only",
+                    "with --manifests routes and BGP are off unless --run-router=true; running {} only",
                     running.join(" and ")
                 ),
             );
@@ -232,7 +237,9 @@ impl Check<'_> {
     fn asked_in_vain(&mut self, room: Room, notices: &mut Vec<String>) {
         let mut idle = Vec::new();
         let (why, cure) = match room {
-            Room::Routes => ("is off unless --run-router=true", "write that, or remove the flag"),
+            Room::Routes => {
+                ("is off with --manifests unless --run-router=true", "write that, or remove the flag")
+            }
             _ => ("is not part of this version", "remove the flag"),
         };
         for flag in FLAGS.iter().filter(|flag| flag.room == room) {

@@ -25,6 +25,7 @@ use flags::{Flag, Kind, Room};
 
 use crate::cni::install::Install;
 use crate::netpol;
+use crate::network;
 use crate::proxy::settings::Settings;
 use crate::routes;
 
@@ -116,6 +117,8 @@ pub struct Config {
     pub netpol: Option<netpol::Settings>,
     /// The choices for routes and BGP; `None` when they are off.
     pub routes: Option<routes::Settings>,
+    /// The choices for the pod network; it runs where routes do.
+    pub network: Option<network::Settings>,
     /// What the user should know about the flags, as whole sentences.
     pub notices: Vec<String>,
 }
@@ -175,6 +178,8 @@ pub enum Output {
 pub struct Environment {
     /// Environment variable `NODE_NAME`.
     pub node_name: Option<String>,
+    /// Environment variable `KUBE_ROUTER_CNI_CONF_FILE`.
+    pub cni_conf_file: Option<String>,
     /// The operating system's host name.
     pub host_name: Option<String>,
 }

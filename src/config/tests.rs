@@ -4,7 +4,7 @@ use super::flags::{FLAGS, find};
 use super::*;
 
 fn environment() -> Environment {
-    Environment { node_name: None, host_name: Some("Worker-1".to_owned()) }
+    Environment { host_name: Some("Worker-1".to_owned()), ..Environment::default() }
 }
 
 fn parse_line(line: &str) -> Result<Command, Mistakes> {
@@ -119,6 +119,10 @@ const OTHER_DEFAULTS: &[(&str, &str)] =
 
 /// Flags that kube-router does not have.
 const OURS: &[&str] = &[
+    "bgp-next-hop-address",
+    "bgp-source-address",
+    "overlay-address",
+    "pod-egress-exclude-cidrs",
     "netpol-unknown-pods",
     "cni-conf-dir",
     "cni-socket",
@@ -150,15 +154,16 @@ fn every_flag_of_kube_router_exists_with_its_kind_and_default() {
 fn every_default_may_be_restated() {
     for flag in FLAGS {
         let restated = format!("--{}={}", flag.name, flag.default);
-        if ["run-router", "service-cluster-ip-range"].contains(&flag.name) {
-            continue; // Switching an absent room on is refused: tested below.
+        if flag.name == "service-cluster-ip-range" {
+            continue; // Said, it stands for all ranges: tested below.
         }
         if ["manifests", "kubeconfig", "master", "hostname-override"].contains(&flag.name) {
             run(&restated); // An empty text means unset.
             continue;
         }
-        let bare = run("");
-        assert_eq!(run(&restated), bare, "{restated}");
+        // That a flag without effect was written is told.
+        let without_notices = |line: &str| Config { notices: Vec::new(), ..run(line) };
+        assert_eq!(without_notices(&restated), without_notices(""), "{restated}");
     }
 }
 
@@ -212,13 +217,22 @@ fn defaults_of_the_service_proxy() {
             udp_timeout: 0,
         }
     );
+    assert!(config.routes.is_some() && config.network.is_some());
+    assert_eq!(config.notices, Vec::<String>::new());
+    let config = run("--manifests=/x");
+    assert_eq!((config.routes, config.network), (None, None));
     assert_eq!(
         config.notices,
         [
-            "routes and BGP are off unless --run-router=true; running the service proxy and network policy only"
+            "with --manifests routes and BGP are off unless --run-router=true; running the service proxy and network \
+             policy only"
         ]
     );
-    assert_eq!(run("--run-router=false").notices, Vec::<String>::new());
+    assert!(run("--manifests=/x --run-router").routes.is_some());
+    for line in ["--run-router=false", "--manifests=/x --run-router=false"] {
+        let config = run(line);
+        assert_eq!((config.routes, config.notices), (None, Vec::<String>::new()), "{line}");
+    }
 }
 
 #[test]
@@ -282,8 +296,11 @@ fn every_flag_of_the_process_arrives() {
 #[test]
 fn the_node_is_named_by_flag_then_variable_then_host() {
     let name = |line: &str, variable: Option<&str>, host: Option<&str>| {
-        let environment =
-            Environment { node_name: variable.map(str::to_owned), host_name: host.map(str::to_owned) };
+        let environment = Environment {
+            node_name: variable.map(str::to_owned),
+            host_name: host.map(str::to_owned),
+            ..Environment::default()
+        };
         match parse(line.split_whitespace().map(OsString::from).collect(), &environment) {
             Ok(Command::Run(config)) => Ok(config.node_name.to_string()),
             Err(mistakes) => Err(mistakes.exit_code()),
@@ -485,13 +502,13 @@ fn secrets_are_never_printed() {
 fn absent_rooms_are_refused_only_when_asked_for() {
     for line in [
         "--run-loadbalancer",
-        "--advertise-cluster-ip=true",
-        "--advertise-external-ip",
-        "--advertise-loadbalancer-ip=1",
-        "--enable-bfd",
-        "--peer-router-ips=192.0.2.1 --peer-router-asns=64512",
-        "--peer-router-passwords-file=/x",
-        "--run-service-proxy=false --run-firewall=false",
+        "--advertise-cluster-ip=true --manifests=/x",
+        "--advertise-external-ip --manifests=/x",
+        "--advertise-loadbalancer-ip=1 --manifests=/x",
+        "--enable-bfd --manifests=/x",
+        "--peer-router-ips=192.0.2.1 --peer-router-asns=64512 --manifests=/x",
+        "--peer-router-passwords-file=/x --manifests=/x",
+        "--run-service-proxy=false --run-firewall=false --manifests=/x",
     ] {
         let (code, text) = refused(line);
         assert_eq!(code, 1, "{line}: {text}");
@@ -500,22 +517,24 @@ fn absent_rooms_are_refused_only_when_asked_for() {
     }
     for line in [
         "--run-router=false --run-firewall=false --run-loadbalancer=false",
-        "--advertise-cluster-ip=false",
-        "--advertise-pod-cidr=true",
-        "--bgp-holdtime=90s",
-        "--peer-router-ips=",
+        "--advertise-cluster-ip",
+        "--manifests=/x --advertise-cluster-ip=false",
+        "--manifests=/x --advertise-pod-cidr=true",
+        "--manifests=/x --bgp-holdtime=90s",
+        "--manifests=/x --peer-router-ips=",
         "--run-router=false --advertise-cluster-ip=true",
         "--run-firewall=false --netpol-default-deny=true --use-nftables-for-netpol",
     ] {
         let config = run(line);
         assert!(!config.notices.iter().any(|notice| notice.contains("no effect")), "{line}: {config:?}");
     }
-    let config = run("--bgp-graceful-restart=true --cluster-asn=64513 --iptables-sync-period=1m");
+    let config =
+        run("--manifests=/x --bgp-graceful-restart=true --cluster-asn=64513 --iptables-sync-period=1m");
     assert_eq!(
-        config.notices,
+        config.notices[1..],
         [
-            "routes and BGP are off unless --run-router=true; running the service proxy and network policy only",
-            "no effect, because routes and BGP is off unless --run-router=true: --bgp-graceful-restart --cluster-asn",
+            "no effect, because routes and BGP is off with --manifests unless --run-router=true: --bgp-graceful-restart \
+             --cluster-asn"
         ]
     );
     let idle = run("--run-service-proxy=false --run-router=false --run-firewall=false");
@@ -552,7 +571,7 @@ fn every_flag_of_bgp_arrives() {
         override_next_hop: false,
     };
     assert_eq!(plain.external, nobody);
-    assert_eq!(run("").routes, None);
+    assert_eq!(run("").routes, Some(routing("")));
     assert_eq!(run("--run-router=false --advertise-cluster-ip").routes, None);
 
     let all = routing(
@@ -594,14 +613,11 @@ fn every_flag_of_bgp_arrives() {
     assert_eq!(routing("--router-id=generate").router_id, RouterIdChoice::Generated);
     assert_eq!(routing("--bgp-holdtime=65536s").external.hold_time, 65535);
     assert_eq!(routing("--peer-router-multihop-ttl=1").external.multihop, None);
-    let config = run("--run-router --overlay-type=full --enable-cni=false --gobgp-admin-port=0");
+    let config = run("--run-router --disable-source-dest-check --gobgp-admin-port=0");
+    assert!(config.notices[0].contains("--disable-source-dest-check=true has no effect"), "{config:?}");
     assert_eq!(
-        config.notices,
-        [
-            "no effect, because learned routes, tunnels and the pod network are not part of this version: --enable-cni \
-             --overlay-type",
-            "no effect, because `ferroute bgp` takes the place of GoBGP's server: --gobgp-admin-port",
-        ]
+        config.notices[1..],
+        ["no effect, because `ferroute bgp` takes the place of GoBGP's server: --gobgp-admin-port"]
     );
     assert_eq!(refused("--run-router --router-id=0.0.0.0").0, 1);
 
@@ -616,6 +632,73 @@ fn every_flag_of_bgp_arrives() {
     assert_eq!(routing("--enable-bfd").external.peers, []);
     let (code, text) = refused(&format!("--run-router {peers} --bfd-port=3785"));
     assert!(code == 1 && text.contains("port 3785"), "{text}");
+}
+
+#[test]
+fn every_flag_of_the_pod_network_arrives() {
+    use crate::host::tunnel::Encapsulation;
+    use network::node_address::{Method, Methods};
+    use network::settings::{Reach, Settings};
+
+    let network = |line: &str| run(&format!("--run-router {line}")).network.unwrap();
+    let plain = Settings {
+        node_name: "worker-1".into(),
+        audit_period: Duration::from_secs(60),
+        overlay: Reach::Subnet,
+        encapsulation: Encapsulation::Plain,
+        egress: true,
+        egress_exclude: Vec::new(),
+        auto_mtu: true,
+        cni_file: Some("/etc/cni/net.d/10-kuberouter.conf".into()),
+        addresses: Methods::default(),
+    };
+    assert_eq!(network(""), plain);
+    assert_eq!(run("--run-router=false").network, None);
+    let line = "--injected-routes-sync-period=2m --overlay-type=full --overlay-encap=fou --overlay-encap-port=6666 \
+        --enable-pod-egress=false --pod-egress-exclude-cidrs=192.0.2.7/24,2001:db8::/32 --auto-mtu=false \
+        --enable-cni=false --bgp-next-hop-address=cidr=192.0.2.0/24 --bgp-source-address=first-found";
+    let next_hop: Method = "cidr=192.0.2.0/24".parse().unwrap();
+    let addresses = Methods { source: Method::FirstFound, next_hop: next_hop.clone(), overlay: next_hop };
+    let other = Settings {
+        audit_period: Duration::from_secs(120),
+        overlay: Reach::Full,
+        encapsulation: Encapsulation::Gue(6666),
+        egress: false,
+        egress_exclude: vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()],
+        auto_mtu: false,
+        cni_file: None,
+        addresses: addresses.clone(),
+        ..plain.clone()
+    };
+    assert_eq!(network(line), other);
+    assert_eq!(run(&format!("--run-router {line}")).routes.unwrap().addresses, addresses);
+    assert_eq!(network("--enable-overlay=false --overlay-type=full").overlay, Reach::Off);
+    let end = network("--overlay-address=interface=ens.*").addresses;
+    assert_eq!((end.overlay, end.next_hop), ("interface=ens.*".parse().unwrap(), Method::default()));
+
+    let file = |path: &str| {
+        let environment = Environment { cni_conf_file: Some(path.to_owned()), ..environment() };
+        parse(vec!["--run-router".into()], &environment)
+    };
+    match file("/etc/cni/net.d/10-x.conflist") {
+        Ok(Command::Run(config)) => {
+            assert_eq!(config.network.unwrap().cni_file, Some("/etc/cni/net.d/10-x.conflist".into()));
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(file("10-x.conflist").unwrap_err().to_string().contains("KUBE_ROUTER_CNI_CONF_FILE"));
+    for (line, part) in [
+        ("--overlay-type=none", "subnet or full"),
+        ("--overlay-encap=vxlan", "ipip or fou"),
+        ("--overlay-encap-port=80", "1024 to 65535"),
+        ("--injected-routes-sync-period=0s", "longer than zero"),
+        ("--pod-egress-exclude-cidrs=10.0.0.1.1", "no CIDR"),
+        ("--bgp-next-hop-address=nearest", "kubernetes-internal-ip"),
+    ] {
+        let (code, text) = refused(line);
+        assert!(code == 1 && text.contains(part), "{line}: {text}");
+        assert_eq!(text.lines().count(), 1, "{line}: told once: {text}");
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::egress;
 use super::fib::Surroundings;
 use super::node_address::{NodeAddresses, Purpose, is_ignored};
 use super::overlay::Wanted;
@@ -56,6 +57,20 @@ impl ClusterFacts {
         facts
     }
 
+    /// These facts, given those known before: a Node object that went keeps its place, as long as this
+    /// process runs.
+    #[must_use]
+    pub fn after(mut self, before: &Self) -> Self {
+        if self.own.is_none()
+            && let Some(own) = &before.own
+        {
+            self.pods.extend(own.pod_cidrs.iter().map(IpNet::trunc));
+            self.nodes.extend(own.internal_ips.iter().chain(&own.external_ips));
+            self.own = before.own.clone();
+        }
+        self
+    }
+
     /// This node's pod networks.
     pub fn own_pods(&self) -> Vec<IpNet> {
         self.own.iter().flat_map(|node| node.pod_cidrs.iter().map(IpNet::trunc)).collect()
@@ -88,6 +103,16 @@ impl Machine {
         };
         let links: BTreeSet<u32> = self.addresses.iter().filter(is_own).map(|found| found.link).collect();
         self.links.iter().filter(|link| links.contains(&link.index)).map(|link| link.name.clone()).collect()
+    }
+
+    /// What chains are decided by.
+    pub fn egress(&self, settings: &Settings, cluster: &ClusterFacts) -> egress::Facts {
+        egress::Facts {
+            egress: settings.egress,
+            exclude: settings.egress_exclude.clone(),
+            node_links: self.node_links(cluster),
+            overlay: settings.overlay != Reach::Off,
+        }
     }
 
     /// What routes are decided by, but for the tunnels.
@@ -281,6 +306,21 @@ mod tests {
         assert_eq!(machine.node_links(&cluster), ["eth0"]);
         assert!(!cluster.blind);
         assert_eq!(cluster.pods.len(), 2);
+    }
+
+    #[test]
+    fn an_own_node_that_went_keeps_its_place() {
+        let before = cluster();
+        let mut state = State::default();
+        let after = ClusterFacts::gather(&state, "a").after(&before);
+        assert_eq!(after.own, before.own);
+        assert_eq!(after.own_pods(), before.own_pods());
+        assert_eq!(after.pods.len(), 1, "others' pods go");
+        // Known anew, it is taken as it is.
+        let node = Node { name: "a".into(), ..Node::default() };
+        state.nodes.insert("a".into(), Arc::new(node));
+        let after = ClusterFacts::gather(&state, "a").after(&before);
+        assert!(after.own_pods().is_empty() && after.pods.is_empty());
     }
 
     #[test]

@@ -206,6 +206,11 @@ impl Kernel {
         Ok(self.chains.sync(rules, check)?)
     }
 
+    /// What [`Kernel::sync_chains`] would write, one line each.
+    pub fn chain_difference(&self, rules: &Rules) -> Result<Vec<String>, Error> {
+        Ok(self.chains.difference(rules)?)
+    }
+
     /// Netlink messages about links and routes, then sets: written and asked.
     pub fn messages(&self) -> [(u64, u64); 2] {
         let split = |sent: u64, asked: u64| (sent.saturating_sub(asked), asked);

@@ -1,5 +1,5 @@
-//! Which of this machine's addresses stands for the node: where BGP sessions start, what other nodes
-//! send pod traffic to, where tunnels end. A machine may have one network for each. Pure, but for
+//! Which of this machine's addresses stands for the node: where BGP sessions to external peers start, what
+//! other nodes send pod traffic to, where tunnels end. A machine may have one network for each. Pure, but for
 //! [`reach`].
 //!
 //! Methods are Calico's (`IP_AUTODETECTION_METHOD`); the default is the Node object's InternalIP, as
@@ -177,7 +177,7 @@ impl FromStr for Method {
 /// What an address is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Purpose {
-    /// Where BGP sessions to other nodes start and are accepted.
+    /// Where BGP sessions to external peers start and are accepted.
     Source,
     /// The next hop that other nodes are told.
     NextHop,
@@ -402,6 +402,9 @@ pub fn reach(target: &str, family: Family) -> io::Result<IpAddr> {
     Ok(socket.local_addr()?.ip())
 }
 
+/// Addresses of this node, by what they are for.
+pub type Addresses = BTreeMap<(Purpose, Family), IpAddr>;
+
 /// What was chosen, kept while links come and go: a node that changes its address by itself cuts its
 /// pods off.
 #[derive(Clone, Debug, Default)]
@@ -415,6 +418,19 @@ impl NodeAddresses {
     /// The address for a purpose.
     pub fn get(&self, purpose: Purpose, family: Family) -> Option<Chosen> {
         self.chosen.get(&(purpose, family)).copied()
+    }
+
+    /// All that was chosen.
+    pub fn all(&self) -> Addresses {
+        self.chosen.iter().map(|(key, chosen)| (*key, chosen.address)).collect()
+    }
+
+    /// One line for each, by purpose.
+    pub fn describe(&self) -> Vec<String> {
+        self.chosen
+            .iter()
+            .map(|((purpose, _), chosen)| format!("{} {}", purpose.words(), chosen.address))
+            .collect()
     }
 
     /// What stands against a choice, by purpose and family, one line each.

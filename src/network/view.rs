@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::learned::Feed;
+use super::own_addresses::OwnAddresses;
 use crate::cluster::Waker;
 use crate::health::Passes;
 use crate::metrics::{Histogram, head, line, lock};
@@ -34,6 +35,7 @@ pub(super) struct Shared {
     stopping: AtomicBool,
     health: Mutex<Passes>,
     pub(super) numbers: Numbers,
+    pub(super) own: OwnAddresses,
 }
 
 impl Shared {
@@ -67,11 +69,14 @@ impl Shared {
 
 /// What the room wants, has and refuses.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Status {
     /// This node's addresses by purpose and family.
     pub addresses: Vec<String>,
     /// What stands against them.
     pub address_problems: Vec<String>,
+    /// What stands against this node's pods.
+    pub problems: Vec<String>,
     /// Prefixes learned.
     pub learned: usize,
     /// Families of which all was heard since the speaker began.
@@ -84,6 +89,8 @@ pub struct Status {
     pub tunnels: Vec<String>,
     /// Largest packet of pods, in bytes; none before it is known.
     pub mtu: Option<u32>,
+    /// What would be written now to make actual equal desired, but for learned routes and their tunnels.
+    pub difference: Vec<String>,
     /// What failed last.
     pub errors: Vec<String>,
 }
@@ -101,10 +108,12 @@ impl Display for Status {
         for (what, lines) in [
             ("address", &self.addresses),
             ("address problem", &self.address_problems),
+            ("problem:", &self.problems),
             ("complete", &self.complete),
             ("route", &self.routes),
             ("tunnel", &self.tunnels),
             ("refused", &self.refused),
+            ("would", &self.difference),
             ("error", &self.errors),
         ] {
             for line in lines {
@@ -133,6 +142,7 @@ impl View {
             stopping: AtomicBool::new(false),
             health: Mutex::new(Passes::new(Instant::now())),
             numbers: Numbers::default(),
+            own: OwnAddresses::default(),
         });
         let (requests, receiver) = channel();
         let feed = Feed::new(waker.clone());
@@ -142,6 +152,11 @@ impl View {
     /// Where learned routes are put.
     pub fn feed(&self) -> Feed {
         self.feed.clone()
+    }
+
+    /// This node's addresses, as the room chose them.
+    pub fn addresses(&self) -> OwnAddresses {
+        self.shared.own.clone()
     }
 
     /// Ends the room's thread after the pass it is in. Kernel state stays.

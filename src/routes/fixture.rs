@@ -8,6 +8,7 @@ use ferroute_bgp::message::Asn;
 
 use super::settings::{Advertise, DEFAULT_ASN, External, ExternalPeer, RouterIdChoice, Settings};
 use crate::cluster::node::{Annotations, Node};
+use crate::network::node_address::Methods;
 use crate::proxy;
 
 pub(crate) fn settings() -> Settings {
@@ -33,6 +34,7 @@ pub(crate) fn settings() -> Settings {
             multihop: None,
             override_next_hop: false,
         },
+        addresses: Methods::default(),
     }
 }
 

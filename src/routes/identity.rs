@@ -7,6 +7,8 @@ use ferroute_bgp::message::{Asn, Families, RouterId};
 use super::settings::{RouterIdChoice, Settings};
 use crate::cluster::node::Node;
 use crate::cluster::service::Problem;
+use crate::host::Family;
+use crate::network::node_address::{Addresses, Method, Purpose};
 
 /// Annotation with the AS of a Node, where nodes have their own.
 pub const ASN: &str = "kube-router.io/node.asn";
@@ -28,10 +30,12 @@ pub struct Identity {
     pub reflection: Reflection,
     /// The first address of the Node object: others know it by this one.
     pub primary: IpAddr,
-    /// Best IPv4 address: next hop of IPv4 routes.
-    pub v4: Option<Ipv4Addr>,
-    /// Best IPv6 address: next hop of IPv6 routes.
-    pub v6: Option<Ipv6Addr>,
+    /// The best address of the Node object in each family: other nodes know it by these.
+    pub known: Pair,
+    /// Where sessions to external peers start.
+    pub source: Pair,
+    /// Where this node's routes lead to.
+    pub next_hop: Pair,
     /// Addresses to listen on.
     pub listen: Vec<IpAddr>,
 }
@@ -47,15 +51,38 @@ pub enum Reflection {
     Client,
 }
 
-impl Identity {
-    /// The best address of a family.
-    pub fn address(&self, ipv6: bool) -> Option<IpAddr> {
+/// An address of each family, where there is one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pair {
+    /// IPv4.
+    pub v4: Option<Ipv4Addr>,
+    /// IPv6.
+    pub v6: Option<Ipv6Addr>,
+}
+
+impl Pair {
+    /// From what is asked for each family; an address of the other one is none.
+    fn from(of: impl Fn(Family) -> Option<IpAddr>) -> Self {
+        Self {
+            v4: of(Family::V4).and_then(|ip| if let IpAddr::V4(ip) = ip { Some(ip) } else { None }),
+            v6: of(Family::V6).and_then(|ip| if let IpAddr::V6(ip) = ip { Some(ip) } else { None }),
+        }
+    }
+
+    /// The address of a family.
+    pub fn get(&self, ipv6: bool) -> Option<IpAddr> {
         if ipv6 { self.v6.map(IpAddr::V6) } else { self.v4.map(IpAddr::V4) }
     }
 
-    /// Families of which this node has an address.
+    fn iter(self) -> impl Iterator<Item = IpAddr> {
+        self.v4.map(IpAddr::V4).into_iter().chain(self.v6.map(IpAddr::V6))
+    }
+}
+
+impl Identity {
+    /// Families in which routes can lead to this node.
     pub fn families(&self) -> Families {
-        families(self.v4.is_some(), self.v6.is_some())
+        families(self.next_hop.v4.is_some(), self.next_hop.v6.is_some())
     }
 }
 
@@ -70,9 +97,10 @@ pub(super) fn primary(node: &Node) -> Option<IpAddr> {
     node.internal_ips.first().or(node.external_ips.first()).copied()
 }
 
-/// Reads this node's identity from its Node object; none when it has no usable AS or address. The
-/// problems name what is not as written, or why there is none.
-pub fn identify(settings: &Settings, node: &Node) -> (Option<Identity>, Vec<Problem>) {
+/// Reads this node's identity from its Node object; none when it has no usable AS or address. `chosen` are
+/// addresses found on this machine, for those purposes that do not take the Node object's. The problems
+/// name what is not as written, or why there is none.
+pub fn identify(settings: &Settings, node: &Node, chosen: &Addresses) -> (Option<Identity>, Vec<Problem>) {
     let mut problems = Vec::new();
     let asn = match settings.cluster_asn {
         Some(asn) => Some(asn),
@@ -133,36 +161,40 @@ pub fn identify(settings: &Settings, node: &Node) -> (Option<Identity>, Vec<Prob
     let (Some(asn), Some(primary), Some(reflection)) = (asn, primary, reflection) else {
         return (None, problems);
     };
-    let v4 = match node.address(false) {
-        Some(IpAddr::V4(address)) => Some(address),
-        _ => None,
+    let known = Pair::from(|family| node.address(family == Family::V6));
+    let found = |purpose| match settings.addresses.of(purpose) {
+        Method::KubernetesInternalIp => known,
+        _ => Pair::from(|family| chosen.get(&(purpose, family)).copied()),
     };
-    let v6 = match node.address(true) {
-        Some(IpAddr::V6(address)) => Some(address),
-        _ => None,
-    };
-    let router_id = match (settings.router_id, v4) {
+    let (source, next_hop) = (found(Purpose::Source), found(Purpose::NextHop));
+    if next_hop == Pair::default() {
+        problems.push(Problem {
+            reason: "NextHopMissing",
+            message: format!(
+                "Node {} has no address by --bgp-next-hop-address={}, so no route leads to it: see the address \
+                 problems of `ferroute status`",
+                node.name, settings.addresses.next_hop
+            ),
+        });
+    }
+    let router_id = match (settings.router_id, known.v4) {
         (RouterIdChoice::Given(id), _) => id,
         (RouterIdChoice::NodeAddress, Some(address)) => RouterId(address),
         (RouterIdChoice::NodeAddress, None) | (RouterIdChoice::Generated, _) => generate(primary),
     };
-    let identity =
-        Identity { asn, router_id, reflection, primary, v4, v6, listen: listen(node, v4, v6, &mut problems) };
+    let listen = listen(node, known, source, &mut problems);
+    let identity = Identity { asn, router_id, reflection, primary, known, source, next_hop, listen };
     (Some(identity), problems)
 }
 
-/// The addresses to listen on: those of the annotation, else the node's own.
-fn listen(
-    node: &Node,
-    v4: Option<Ipv4Addr>,
-    v6: Option<Ipv6Addr>,
-    problems: &mut Vec<Problem>,
-) -> Vec<IpAddr> {
+/// The addresses to listen on: those of the annotation, else those that nodes and external peers dial.
+fn listen(node: &Node, known: Pair, source: Pair, problems: &mut Vec<Problem>) -> Vec<IpAddr> {
+    let has = |ipv6| known.get(ipv6).or(source.get(ipv6)).is_some();
     let mut list = Vec::new();
     if let Some(text) = node.annotations.get(LISTEN) {
         for item in text.split(',').map(str::trim).filter(|item| !item.is_empty()) {
             match item.parse::<IpAddr>() {
-                Ok(address) if address.is_ipv4() && v4.is_none() || address.is_ipv6() && v6.is_none() => {
+                Ok(address) if !has(address.is_ipv6()) => {
                     problems.push(annotation(node, LISTEN, item, "the node has no address of this family"));
                 }
                 Ok(address) if address.is_multicast() => {
@@ -175,7 +207,8 @@ fn listen(
         }
     }
     if list.is_empty() {
-        list.extend(v4.map(IpAddr::V4).into_iter().chain(v6.map(IpAddr::V6)));
+        list.extend(known.iter());
+        list.extend(source.iter().filter(|address| known.get(address.is_ipv6()) != Some(*address)));
     }
     list
 }

@@ -167,7 +167,7 @@ fn external_peer(
     let mut config = PeerConfig::new(peer.address, PeerAsn::Exactly(peer.asn));
     config.description = "external peer".to_owned();
     config.port = peer.port;
-    config.source = peer.source.or_else(|| identity.address(peer.address.is_ipv6()));
+    config.source = peer.source.or_else(|| identity.source.get(peer.address.is_ipv6()));
     config.password = peer.password.clone();
     config.reach = settings.external.multihop.map(Reach::Hops);
     config.hold_time = settings.external.hold_time;
@@ -244,7 +244,7 @@ fn internal_peer(
 
 /// The address that other nodes know this one by.
 fn source(identity: &Identity, ipv6: bool) -> Option<IpAddr> {
-    if identity.primary.is_ipv6() == ipv6 { Some(identity.primary) } else { identity.address(ipv6) }
+    if identity.primary.is_ipv6() == ipv6 { Some(identity.primary) } else { identity.known.get(ipv6) }
 }
 
 /// Reads the passwords file.

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ferroute_bgp::decision;
-use ferroute_bgp::fsm::{Shutdown, State};
+use ferroute_bgp::fsm::Shutdown;
 use ferroute_bgp::message::Families;
 use ferroute_bgp::peer::PeerKey;
 use ferroute_bgp::policy::LocalAddresses;
@@ -31,9 +31,13 @@ use crate::cluster::service::Problem;
 use crate::cluster::{Dirty, Interests, Kind, ObjectKey, ServiceKey, State as ClusterState, Subscription};
 use crate::host::Network;
 use crate::host::route::{PROTOCOL, RouteFilter};
+use crate::network::OwnAddresses;
+use crate::network::node_address::{Addresses, Method, Purpose};
 use crate::proxy::Programmed;
 use crate::proxy::facts::Facts;
 use crate::report::Reporter;
+
+mod sessions;
 
 /// Longest sleep: sessions, listeners and the passwords file are looked at so often.
 const LONGEST_SLEEP: Duration = Duration::from_secs(2);
@@ -48,8 +52,6 @@ const MAXIMUM_PATHS: u16 = 16;
 /// How long neighbours have to move their traffic before a machine that goes takes its addresses back
 /// (RFC 8326 section 4).
 const DRAIN: Duration = Duration::from_secs(10);
-/// A session may take this long to come up before its absence is a problem of the Node.
-const PATIENCE: Duration = Duration::from_secs(15);
 /// The protocol number of learned routes, kube-router's.
 const LEARNED: u8 = 17;
 
@@ -65,6 +67,10 @@ pub struct Room {
     reporter: Reporter,
     shared: Arc<Shared>,
     runtime: Handle,
+    /// This node's addresses as the pod network's room chooses them; `None` when all are the Node object's.
+    own: Option<OwnAddresses>,
+    /// What it chose when that was last looked at.
+    chosen: Addresses,
     /// VIPs in the kernel; `None` when another program serves them.
     programmed: Option<Arc<Programmed>>,
     current: watch::Sender<Option<Speaker>>,
@@ -82,6 +88,8 @@ pub struct Room {
     announcements: Announcements,
     /// The speaker has been told all that there is.
     complete: bool,
+    /// What is known of this node gives it no part in BGP.
+    nobody: bool,
     /// Since when the machine is going.
     draining: Option<Instant>,
     /// Addresses of Services are taken back because of it.
@@ -102,7 +110,8 @@ pub struct Room {
 
 impl Room {
     /// Prepares the room; the speaker starts with [`Room::run`]. `programmed` are the VIPs of a service
-    /// proxy in this process. Must be called inside a tokio runtime.
+    /// proxy in this process, `own` the addresses that the pod network's room chooses. Must be called inside
+    /// a tokio runtime.
     ///
     /// # Errors
     ///
@@ -112,6 +121,7 @@ impl Room {
         subscription: Subscription,
         reporter: &Reporter,
         programmed: Option<Arc<Programmed>>,
+        own: &OwnAddresses,
     ) -> Result<(Self, View), NoRuntime> {
         let runtime = Handle::try_current().map_err(|_| NoRuntime)?;
         let (current, receiver) = watch::channel(None);
@@ -119,12 +129,19 @@ impl Room {
         if let Some(programmed) = &programmed {
             programmed.follow(subscription.waker());
         }
+        let is_own = |purpose| *settings.addresses.of(purpose) != Method::KubernetesInternalIp;
+        let own = [Purpose::Source, Purpose::NextHop].into_iter().any(is_own).then(|| own.clone());
+        if let Some(own) = &own {
+            own.follow(subscription.waker());
+        }
         let room = Self {
             settings,
             subscription,
             reporter: reporter.room("routes"),
             shared,
             runtime,
+            own,
+            chosen: Addresses::new(),
             programmed,
             current,
             speaker: None,
@@ -138,6 +155,7 @@ impl Room {
             wanted: BTreeMap::new(),
             announcements: Announcements::default(),
             complete: false,
+            nobody: false,
             draining: None,
             drained: false,
             sessions_changed: Arc::default(),
@@ -176,7 +194,8 @@ impl Room {
     }
 
     fn is_listed(&self) -> bool {
-        self.subscription.cluster().read().has_listed(&NEEDED)
+        let knows_itself = self.own.as_ref().is_none_or(|own| own.get().is_some());
+        knows_itself && self.subscription.cluster().read().has_listed(&NEEDED)
     }
 
     /// With graceful restart peers wait for the next start; without, they are told that this one is over.
@@ -194,7 +213,9 @@ impl Room {
         let pending = std::mem::take(&mut self.pending);
         let secrets = self.settings.external.passwords_file.as_deref().map(read_passwords);
         let first = !std::mem::replace(&mut self.started, true);
-        if first || !pending.nodes.is_empty() || pending.service_cidrs || secrets != self.secrets {
+        let chosen = self.own.as_ref().and_then(OwnAddresses::get).unwrap_or_default();
+        let moved = chosen != std::mem::replace(&mut self.chosen, chosen.clone());
+        if first || moved || !pending.nodes.is_empty() || pending.service_cidrs || secrets != self.secrets {
             let begun = Instant::now();
             self.secrets = secrets;
             self.take_nodes();
@@ -225,15 +246,16 @@ impl Room {
             let problem = Problem {
                 reason: "NodeMissing",
                 message: format!(
-                    "there is no Node {name}, so it has no address and no peers: start the kubelet there, or give \
-                     --hostname-override"
+                    "there is no Node {name}, so it has no address, no pods and no peers: start the kubelet there, give \
+                     --hostname-override, add a Node to the folder of --manifests, or use --run-router=false"
                 ),
             };
             self.problems = BTreeMap::from([(name, vec![problem])]);
+            self.nobody = true;
             return;
         };
         let own = problems.entry(node.name.clone()).or_default();
-        let (identity, told) = identify(&self.settings, &node);
+        let (identity, told) = identify(&self.settings, &node, &self.chosen);
         own.extend(told);
         let (wishes, told) = wishes(&node, &self.wishes);
         own.extend(told);
@@ -242,6 +264,7 @@ impl Room {
         (self.wishes, self.external) = (wishes, external);
         self.draining = if node.draining { self.draining.or_else(|| Some(Instant::now())) } else { None };
         self.take_facts(facts, &node);
+        self.nobody = identity.is_none() && self.identity.is_none();
         // Without a sound identity the one before stays.
         if let Some(identity) = identity {
             self.take_identity(identity);
@@ -308,7 +331,8 @@ impl Room {
         }
         config.decision = decision::Options { maximum_paths: MAXIMUM_PATHS, ..decision::Options::default() };
         config.listen = listen;
-        config.addresses = LocalAddresses { v4: identity.v4, v6: identity.v6, link_local: None };
+        config.addresses =
+            LocalAddresses { v4: identity.next_hop.v4, v6: identity.next_hop.v6, link_local: None };
         config.host = Some(self.settings.node_name.to_string());
         config.restart = self.settings.restart.map(|restart| RestartConfig {
             time: restart.time,
@@ -339,19 +363,6 @@ impl Room {
             }
             Err(error) => self.shared.failed(error.to_string()),
         }
-    }
-
-    /// Sessions that come and go wake the room, so that they are told at once.
-    fn follow_sessions(&self, speaker: &Speaker) {
-        let (mut events, waker) = (speaker.events(), self.subscription.waker());
-        let changed = self.sessions_changed.clone();
-        tokio::spawn(async move {
-            use tokio::sync::broadcast::error::RecvError;
-            while !matches!(events.recv().await, Err(RecvError::Closed)) {
-                changed.store(true, Ordering::Release);
-                waker.wake();
-            }
-        });
     }
 
     fn take_services(&mut self, services: &BTreeSet<ServiceKey>) {
@@ -432,52 +443,10 @@ impl Room {
             self.reporter.replace("Node", &ObjectKey::new("", name.clone()), &uid, list);
         }
         self.told = problems.into_keys().collect();
-        if self.speaker.is_some() && self.complete {
+        // Without an identity there is nobody to speak as: that is told on the Node, and nothing is left to do.
+        if self.nobody || (self.speaker.is_some() && self.complete) {
             self.shared.passed();
-        } else if let Some(problem) = self.problems.get(&name).and_then(|list| list.first()) {
-            self.shared.failed(problem.message.clone());
         }
-    }
-
-    fn listener_problems(&self, speaker: &Speaker) -> Vec<Problem> {
-        let failed =
-            speaker.listeners().into_iter().filter_map(|status| Some((status.wanted, status.error?)));
-        failed
-            .map(|(address, error)| Problem {
-                reason: "BgpPortTaken",
-                message: format!(
-                    "Node {} takes no BGP connections on {address}: {error}. Peers are dialled all the same; stop \
-                     the other BGP speaker, or choose another --bgp-port",
-                    self.settings.node_name
-                ),
-            })
-            .collect()
-    }
-
-    /// Sessions that should be up and are not; those that came back are told as good news.
-    fn missing_sessions(&mut self, speaker: &Speaker) -> Vec<Problem> {
-        let mut problems = Vec::new();
-        let mut missing = BTreeSet::new();
-        let name = self.settings.node_name.clone();
-        for peer in speaker.peers() {
-            let young = self.wanted.get(&peer.key).is_none_or(|since| since.elapsed() < PATIENCE);
-            let who = format!("{} ({})", peer.key, peer.description);
-            if peer.state == State::Established {
-                if self.missing.contains(&peer.key) {
-                    let message = format!("Node {name} has a BGP session with {who} again");
-                    let news = Problem { reason: "BgpSessionUp", message };
-                    let uid = self.node.as_deref().map(|node| node.uid.clone()).unwrap_or_default();
-                    self.reporter.good_news("Node", &ObjectKey::new("", name.clone()), &uid, &news);
-                }
-            } else if !young || peer.flaps > 0 {
-                let why = peer.last_error().map_or("the peer does not answer", |error| error.text.as_str());
-                let message = format!("Node {name} has no BGP session with {who}: {why}");
-                problems.push(Problem { reason: "BgpSessionDown", message });
-                missing.insert(peer.key);
-            }
-        }
-        self.missing = missing;
-        problems
     }
 }
 
@@ -498,7 +467,7 @@ fn same_speaker(a: &Identity, b: &Identity) -> bool {
         Reflection::Server(id) => Some(id),
         _ => None,
     };
-    (a.asn, a.router_id, a.v4, a.v6, cluster(a)) == (b.asn, b.router_id, b.v4, b.v6, cluster(b))
+    (a.asn, a.router_id, a.next_hop, cluster(a)) == (b.asn, b.router_id, b.next_hop, cluster(b))
 }
 
 /// Whether the kernel holds routes of a former process: then this start is a restart, in the sense of

@@ -9,6 +9,7 @@ use ferroute_bgp::bfd::Timers;
 use ferroute_bgp::message::{Asn, RouterId};
 use ferroute_bgp::transport::Password;
 
+use crate::network::node_address::Methods;
 use crate::proxy;
 
 /// The AS of the node mesh unless `--cluster-asn` says another.
@@ -37,6 +38,8 @@ pub struct Settings {
     pub advertise: Advertise,
     /// External peers (`--peer-router-*`).
     pub external: External,
+    /// How this node's addresses are chosen (`--bgp-source-address`, `--bgp-next-hop-address`).
+    pub addresses: Methods,
 }
 
 /// How this node gets its BGP identifier.

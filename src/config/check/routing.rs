@@ -1,4 +1,4 @@
-//! The flags of BGP and of the pod network.
+//! The flags of BGP.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
@@ -16,19 +16,6 @@ use crate::routes::settings::{
     Advertise, DEFAULT_ASN, External, ExternalPeer, Restart, RouterIdChoice, Settings, is_reserved,
 };
 
-/// Flags of the pod network, which nothing here makes yet by.
-const POD_NETWORK: [&str; 9] = [
-    "auto-mtu",
-    "disable-source-dest-check",
-    "enable-cni",
-    "enable-overlay",
-    "enable-pod-egress",
-    "injected-routes-sync-period",
-    "overlay-encap",
-    "overlay-encap-port",
-    "overlay-type",
-];
-
 impl Check<'_> {
     /// Flags that were written and change nothing.
     pub(super) fn without_effect(&self, notices: &mut Vec<String>) {
@@ -36,11 +23,12 @@ impl Check<'_> {
             let names = names.iter().filter(|name| self.given.is_explicit(name));
             names.map(|name| format!("--{name}")).collect::<Vec<_>>().join(" ")
         };
-        let pods = written(&POD_NETWORK);
-        if !pods.is_empty() {
-            notices.push(format!(
-                "no effect, because learned routes, tunnels and the pod network are not part of this version: {pods}"
-            ));
+        if self.given.is_explicit("disable-source-dest-check") && self.switch("disable-source-dest-check") {
+            notices.push(
+                "--disable-source-dest-check=true has no effect: no cloud's interface is called; on AWS switch the check \
+                 of the instances off, or let tunnels reach all nodes (--overlay-type=full)"
+                    .to_owned(),
+            );
         }
         let admin = written(&["gobgp-admin-address", "gobgp-admin-port"]);
         if !admin.is_empty() {
@@ -54,16 +42,7 @@ impl Check<'_> {
     /// shows before it is switched on. `None` when something is wrong.
     pub(super) fn routes(&mut self, services: &proxy::Settings) -> Option<Settings> {
         let before = self.mistakes.len();
-        for name in ["injected-routes-sync-period", "loadbalancer-sync-period"] {
-            self.period(name);
-        }
-        self.within("overlay-encap-port", 1024, 65535);
-        for (name, words) in [("overlay-encap", ["ipip", "fou"]), ("overlay-type", ["subnet", "full"])] {
-            let text = self.given.text(name);
-            if !words.contains(&text) {
-                self.meaning(format!("--{name}={text}: write {} or {}", words[0], words[1]));
-            }
-        }
+        self.period("loadbalancer-sync-period");
         let settings = Settings {
             node_name: services.node_name.clone(),
             services: services.clone(),
@@ -80,6 +59,7 @@ impl Check<'_> {
                 pod_cidrs: self.switch("advertise-pod-cidr"),
             },
             external: self.external(),
+            addresses: self.methods(),
         };
         (self.mistakes.len() == before).then_some(settings)
     }
@@ -157,7 +137,7 @@ impl Check<'_> {
         }
     }
 
-    fn within(&mut self, name: &str, first: u64, last: u64) {
+    pub(super) fn within(&mut self, name: &str, first: u64, last: u64) {
         if let Some(value) = self.number(name)
             && !(first..=last).contains(&value)
         {

@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use ferroute_bgp::message::{Asn, Families, RouterId};
 
 use super::*;
+use crate::network::node_address::Addresses;
 use crate::routes::fixture;
 use crate::routes::identity::identify;
 use crate::routes::policies::{policies, wishes};
@@ -11,7 +12,7 @@ use crate::routes::settings::RouterIdChoice;
 /// `address AS source families (client) who` for each peer of node 1.
 fn rows(settings: &Settings, nodes: &[Node]) -> (Vec<String>, Vec<String>) {
     let own = &nodes[0];
-    let (identity, problems) = identify(settings, own);
+    let (identity, problems) = identify(settings, own, &Addresses::new());
     let mut problems: Vec<String> = problems.into_iter().map(|problem| problem.message).collect();
     let Some(identity) = identity else { return (Vec::new(), problems) };
     let (external, told) = external(settings, own, None, &[]);
@@ -116,7 +117,8 @@ fn cluster_ids_are_numbers_in_either_form() {
         ("fd00::1", None),
         ("", None),
     ] {
-        let (identity, problems) = identify(&fixture::settings(), &fixture::node(1, &[("rr.server", text)]));
+        let (identity, problems) =
+            identify(&fixture::settings(), &fixture::node(1, &[("rr.server", text)]), &Addresses::new());
         let id = identity.map(|identity| match identity.reflection {
             Reflection::Server(id) => id.to_string(),
             other => panic!("{other:?}"),
@@ -141,7 +143,8 @@ fn nodes_with_as_numbers_of_their_own() {
     assert_eq!(problems.len(), 1, "{problems:?}");
     assert!(problems[0].contains("kube-router.io/node.asn of Node n5: \"sixty\""), "{problems:?}");
     for text in ["0", "65535", "23456", "4294967295", "4294967296", "x", "-1", ""] {
-        let (identity, problems) = identify(&settings, &fixture::node(1, &[("node.asn", text)]));
+        let (identity, problems) =
+            identify(&settings, &fixture::node(1, &[("node.asn", text)]), &Addresses::new());
         assert_eq!((identity, problems.len()), (None, 1), "{text}");
     }
     let (_, problems) = rows(&settings, &[fixture::node(1, &[])]);
@@ -152,7 +155,7 @@ fn nodes_with_as_numbers_of_their_own() {
 fn router_ids() {
     let of = |choice, node: &Node| {
         let settings = Settings { router_id: choice, ..fixture::settings() };
-        identify(&settings, node).0.unwrap().router_id.to_string()
+        identify(&settings, node, &Addresses::new()).0.unwrap().router_id.to_string()
     };
     let node = fixture::node(1, &[]);
     assert_eq!(of(RouterIdChoice::NodeAddress, &node), "10.10.0.11");
@@ -171,7 +174,8 @@ fn router_ids() {
 fn addresses_to_listen_on() {
     let of = |text: Option<&str>| {
         let annotations: Vec<(&str, &str)> = text.iter().map(|text| ("bgp-local-addresses", *text)).collect();
-        let (identity, problems) = identify(&fixture::settings(), &fixture::node(1, &annotations));
+        let (identity, problems) =
+            identify(&fixture::settings(), &fixture::node(1, &annotations), &Addresses::new());
         let listen: Vec<String> = identity.unwrap().listen.iter().map(ToString::to_string).collect();
         (listen.join(" "), problems.len())
     };
@@ -235,7 +239,7 @@ fn timers_hops_and_ports_are_those_of_the_flags() {
     settings.external.multihop = Some(3);
     settings.external.peers = vec![fixture::external("192.0.2.1", 65001)];
     let (own, other) = (fixture::node(1, &[]), fixture::node(2, &[]));
-    let identity = identify(&settings, &own).0.unwrap();
+    let identity = identify(&settings, &own, &Addresses::new()).0.unwrap();
     let policies = policies(&settings, &Default::default(), false, None);
     let (peers, _) = peers(&settings, &identity, &own, [&own, &other], &settings.external.peers, &policies);
     let by: BTreeMap<String, &PeerConfig> =

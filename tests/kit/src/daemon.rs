@@ -110,8 +110,8 @@ fn spawn(netns: &Netns, mut command: Command) -> Result<Child> {
 impl Daemon {
     /// Starts ferroute on a node. Added to the arguments unless they are among them:
     /// `--hostname-override` (the node's name), `--admin-socket` and `--cni-socket` beside it (nodes
-    /// share one file system), and `--run-firewall=false`: policy closes pods that no Pod object tells
-    /// of, and many tests have none.
+    /// share one file system), `--run-firewall=false`: policy closes pods that no Pod object tells of, and
+    /// many tests have none; and `--run-router=false`: the cluster has routes of its own.
     ///
     /// # Errors
     /// When the program cannot be started.
@@ -132,8 +132,10 @@ impl Daemon {
                 all.push(format!("{flag}={value}"));
             }
         }
-        if given("--run-firewall").is_none() {
-            all.push("--run-firewall=false".to_owned());
+        for flag in ["--run-firewall", "--run-router"] {
+            if given(flag).is_none() && !arguments.contains(&flag) {
+                all.push(format!("{flag}=false"));
+            }
         }
         let address =
             given("--health-addr").and_then(|a| a.parse().ok()).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
