@@ -7,7 +7,7 @@
 //! ```
 //!
 //! IPv6 twins: `fd00:10:10:S::11`, `fd00:10:20::10`, `fd00:244:1::2`. Nodes and router know the way to
-//! every pod CIDR by static routes through the node's address.
+//! every pod CIDR by static routes through the node's address, unless the cluster is [`Builder::unrouted`].
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -89,6 +89,7 @@ pub struct Builder {
     zones: Vec<String>,
     subnets: usize,
     named: bool,
+    unrouted: bool,
 }
 
 impl Builder {
@@ -131,6 +132,12 @@ impl Builder {
     /// Makes nodes, `router` and `client` visible to `ip netns`; one such cluster at a time.
     pub fn named(mut self) -> Self {
         self.named = true;
+        self
+    }
+
+    /// Nobody knows the way to pods of other nodes: that is for a program under test to make.
+    pub fn unrouted(mut self) -> Self {
+        self.unrouted = true;
         self
     }
 
@@ -183,7 +190,9 @@ impl Builder {
                 self.node(number, make(&name)?, &router, &links).with_context(|| format!("node {name}"))?,
             );
         }
-        connect_pods(&nodes, &links)?;
+        if !self.unrouted {
+            connect_pods(&nodes, &links)?;
+        }
         let api_ips = self.lan(0)?.into_iter().map(|lan| host(lan, API)).collect();
         let client = Client { netns: client, ips: client_ips, router: router.clone() };
         let mut cluster =
@@ -308,6 +317,7 @@ impl Cluster {
             zones: Vec::new(),
             subnets: 1,
             named: false,
+            unrouted: false,
         }
     }
 
