@@ -757,6 +757,12 @@ fn paths() -> Vec<Case> {
             Discard(1, &[17]),
         ),
         case(
+            "RFC 9774: AS_SET in AS4_PATH",
+            two_octets(),
+            old(&attribute(0xc0, 17, &[1, 1, 0, 0, 0xfd, 0xe9]), false),
+            Withdraw(1, &[17]),
+        ),
+        case(
             "AS4_PATH longer than AS_PATH",
             two_octets(),
             old(&attribute(0xc0, 17, &[&[2, 9][..], &[0, 0, 0, 9].repeat(9)].concat()), false),

@@ -222,6 +222,10 @@ impl<'a> Parsed<'a> {
             }
             AS4_PATH => {
                 let path = as4::decode_path(value).map_err(|reason| Refusal::Flaw(Discard, reason))?;
+                // RFC 9774 section 3 asks the same of it as of AS_PATH.
+                if !codec.accept_as_sets && path.segments().any(|segment| segment.kind.is_set()) {
+                    return Err(Refusal::Flaw(Withdraw, AS_SET));
+                }
                 self.as4_path = Some(path);
             }
             AS4_AGGREGATOR => self.as4_aggregator = Some(aggregator(value, true)?),
@@ -351,6 +355,8 @@ fn aggregator(value: &[u8], four_octet_as: bool) -> Result<Aggregator, Refusal> 
     }
 }
 
+const AS_SET: &str = "has an AS_SET (RFC 9774)";
+
 /// AS_PATH of either kind of speaker (RFC 7606 section 7.2).
 fn as_path(value: &[u8], codec: &Codec) -> Result<AsPath, &'static str> {
     let width = if codec.four_octet_as { 4 } else { 2 };
@@ -360,7 +366,7 @@ fn as_path(value: &[u8], codec: &Codec) -> Result<AsPath, &'static str> {
             return Err("has confederation segments, but the peer is in none with this speaker");
         }
         if kind.is_set() && !codec.accept_as_sets {
-            return Err("has an AS_SET (RFC 9774)");
+            return Err(AS_SET);
         }
         Ok(())
     })?;
