@@ -3,11 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::Child;
 
 use ferroute_kit::Netns;
 use ferroute_kit::assert::{eventually, eventually_equal};
+use ferroute_kit::router::{CONFIG, CONTROL, Make, PACKAGES};
 
 use super::{SESSION, SOON};
 
@@ -24,18 +25,17 @@ impl Bird {
         let directory =
             std::env::temp_dir().join(format!("ferroute-bird-{}-{}", netns.name(), std::process::id()));
         fs::create_dir_all(&directory).unwrap();
-        fs::write(directory.join("bird.conf"), config).unwrap();
+        fs::write(directory.join(CONFIG), config).unwrap();
         let process = Self::spawn(&directory, netns, &[]);
         let bird = Self { process, directory, netns: netns.clone() };
         bird.wait();
         bird
     }
 
-    fn spawn(directory: &PathBuf, netns: &Netns, more: &[&str]) -> Child {
-        let mut command = Command::new("bird");
-        command.current_dir(directory).args(["-f", "-c", "bird.conf", "-s", "bird.ctl", "-P", "bird.pid"]);
-        command.args(more).stdout(Stdio::null()).stderr(Stdio::inherit());
-        netns.run(|| command.spawn()).expect("these tests need BIRD 2 (Debian: bird2)")
+    fn spawn(directory: &Path, netns: &Netns, more: &[&str]) -> Child {
+        let mut command = Make::Bird.command(directory);
+        command.args(more);
+        netns.run(|| command.spawn()).unwrap_or_else(|error| panic!("BIRD: {error} ({PACKAGES})"))
     }
 
     fn wait(&self) {
@@ -56,7 +56,7 @@ impl Bird {
 
     /// What birdc answers.
     pub fn ask(&self, question: &str) -> Result<String, String> {
-        let socket = self.directory.join("bird.ctl");
+        let socket = self.directory.join(CONTROL);
         let mut words = vec!["-s", socket.to_str().unwrap()];
         words.extend(question.split(' '));
         self.netns.exec("birdc", &words).map_err(|error| error.to_string())

@@ -4,20 +4,15 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
+
+pub use ferroute_kit::router::Make;
+use ferroute_kit::router::{CONFIG, CONTROL, PACKAGES};
 
 use super::*;
 
 /// Routes that every router here originates.
 pub const OWN: [&str; 2] = ["198.51.100.0/24", "2001:db8:b::/48"];
-
-/// Whose.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Make {
-    Bird,
-    Frr,
-    Gobgp,
-}
 
 /// A neighbour of a router.
 #[derive(Debug, Clone, Default)]
@@ -46,31 +41,18 @@ impl Router {
         let directory = std::env::temp_dir().join(format!("ferroute-router-{}", host.netns.name()));
         fs::create_dir_all(&directory).unwrap();
         let id = format!("10.9.0.{}", host.number);
-        let (config, program, arguments): (String, &str, &[&str]) = match make {
-            Make::Bird => (
-                bird(&id, asn, neighbors),
-                "bird",
-                &["-f", "-c", "router.conf", "-s", "router.ctl", "-P", "router.pid"],
-            ),
-            Make::Frr => (
-                frr(&id, asn, neighbors),
-                "/usr/lib/frr/bgpd",
-                &["-n", "-Z", "-S", "-f", "router.conf", "-i", "router.pid", "--vty_socket", ".", "-P", "0"],
-            ),
-            Make::Gobgp => (
-                gobgp(&id, asn, neighbors),
-                "gobgpd",
-                &["-f", "router.conf", "--api-hosts=127.0.0.1:50051", "--pprof-disable", "-l", "warn"],
-            ),
+        let config = match make {
+            Make::Bird => bird(&id, asn, neighbors),
+            Make::Frr => frr(&id, asn, neighbors),
+            Make::Gobgp => gobgp(&id, asn, neighbors),
         };
-        fs::write(directory.join("router.conf"), config).unwrap();
+        fs::write(directory.join(CONFIG), config).unwrap();
         host.netns.sh("ip link set lo up").unwrap();
-        let mut command = Command::new(program);
-        command.current_dir(&directory).args(arguments).stdout(Stdio::null()).stderr(Stdio::inherit());
+        let mut command = make.command(&directory);
         let process = host
             .netns
             .run(|| command.spawn())
-            .unwrap_or_else(|error| panic!("{program}: {error} (Debian: bird2, frr, gobgpd)"));
+            .unwrap_or_else(|error| panic!("{make:?}: {error} ({PACKAGES})"));
         let router = Self { make, process, directory, netns: host.netns.clone() };
         eventually("the router", PATIENCE, || router.table(AfiSafi::Ipv4Unicast).map(|_| ()));
         if make == Make::Gobgp {
@@ -84,7 +66,7 @@ impl Router {
     fn ask(&self, question: &str) -> Result<String, String> {
         let answer = match self.make {
             Make::Bird => {
-                let socket = self.directory.join("router.ctl");
+                let socket = self.directory.join(CONTROL);
                 let mut words = vec!["-s", socket.to_str().unwrap()];
                 words.extend(question.split(' '));
                 self.netns.exec("birdc", &words)

@@ -28,6 +28,7 @@ pub mod link;
 pub mod netns;
 pub mod pod;
 pub mod reach;
+pub mod router;
 pub mod snapshot;
 pub mod stranger;
 pub mod traffic;

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use ferroute_bgp::message::{
-    Announcement, AsPath, Asn, Attributes, Capability, Codec, Community, Families, FrameReader, Message,
-    NextHop, Nlri, Open, RouterId, Update,
+    AfiSafi, Announcement, AsPath, Asn, Attributes, Capability, Codec, Community, Families, FrameReader,
+    Message, NextHop, Nlri, Open, RouterId, Update,
 };
 use ferroute_kit::Netns;
 use ipnet::{IpNet, Ipv4Net};
@@ -183,7 +183,7 @@ fn attempt(outside: &Netns, index: u32) -> Result<(TcpStream, FrameReader)> {
         four_octet_as: true,
         hold_time: HOLD_TIME,
         router_id: RouterId(end_address(index)),
-        capabilities: vec![Capability::Multiprotocol(ferroute_bgp::message::AfiSafi::Ipv4Unicast)],
+        capabilities: vec![Capability::Multiprotocol(AfiSafi::Ipv4Unicast)],
     };
     let mut bytes = Vec::new();
     Message::Open(open).encode(&Codec::initial(), &mut bytes)?;

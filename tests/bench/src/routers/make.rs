@@ -14,7 +14,7 @@ use ferroute_bgp::peer::PeerConfig;
 use ferroute_bgp::policy::{LocalAddresses, Policy};
 use ferroute_bgp::session::PeerAsn;
 use ferroute_bgp::speaker::{Speaker, SpeakerConfig};
-use ferroute_kit::Netns;
+use ferroute_kit::{Netns, router};
 use serde::{Deserialize, Serialize};
 
 use super::{HOLD_TIME, ROUTER, ROUTER_ASN, end_address, end_asn};
@@ -70,33 +70,21 @@ impl Router {
     pub fn start(make: Make, inside: &Netns, senders: u32) -> Result<Self> {
         let directory = std::env::temp_dir().join(format!("ferroute-bench-router-{}", std::process::id()));
         fs::create_dir_all(&directory)?;
-        let (config, program, arguments): (String, PathBuf, &[&str]) = match make {
-            Make::Ferroute => (String::new(), std::env::current_exe()?, &["speak"]),
-            Make::Bird => (
-                bird(senders),
-                "bird".into(),
-                &["-f", "-c", "router.conf", "-s", "router.ctl", "-P", "router.pid"],
-            ),
-            Make::Frr => (
-                frr(senders),
-                "/usr/lib/frr/bgpd".into(),
-                &["-n", "-Z", "-S", "-f", "router.conf", "-i", "router.pid", "--vty_socket", ".", "-P", "0"],
-            ),
-            Make::Gobgp => (
-                gobgp(senders),
-                "gobgpd".into(),
-                &["-f", "router.conf", "--api-hosts=127.0.0.1:50051", "--pprof-disable", "-l", "error"],
-            ),
+        let (config, mut command) = match make {
+            Make::Ferroute => {
+                let mut command = Command::new(std::env::current_exe()?);
+                command.args(["speak", "--senders", &senders.to_string()]).stdout(Stdio::null());
+                (String::new(), command)
+            }
+            Make::Bird => (bird(senders), router::Make::Bird.command(&directory)),
+            Make::Frr => (frr(senders), router::Make::Frr.command(&directory)),
+            Make::Gobgp => (gobgp(senders), router::Make::Gobgp.command(&directory)),
         };
-        fs::write(directory.join("router.conf"), config)?;
-        let mut command = Command::new(&program);
-        command.current_dir(&directory).args(arguments).stdout(Stdio::null()).stderr(Stdio::null());
-        if make == Make::Ferroute {
-            command.args(["--senders", &senders.to_string()]);
-        }
+        fs::write(directory.join(router::CONFIG), config)?;
+        command.stderr(Stdio::null());
         let process = inside
             .run(|| command.spawn())
-            .with_context(|| format!("cannot start {} (Debian: bird2, frr, gobgpd)", program.display()))?;
+            .with_context(|| format!("cannot start {make} ({})", router::PACKAGES))?;
         Ok(Self { process, directory })
     }
 
