@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{self, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ferroute_iptables::{
@@ -29,6 +29,19 @@ pub fn writes() -> u64 {
 
 /// One room of this process writes at a time: two that wait for the same lock only make each other late.
 static TURN: Mutex<()> = Mutex::new(());
+
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// [`turn`], unless another room has it.
+fn turn_now() -> Option<MutexGuard<'static, ()>> {
+    match TURN.try_lock() {
+        Ok(turn) => Some(turn),
+        Err(sync::TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
+        Err(sync::TryLockError::WouldBlock) => None,
+    }
+}
 
 /// `XT_LOCK_NAME` of iptables: who writes by the legacy variant holds it (flock(2)).
 pub const LOCK: &str = "/run/xtables.lock";
@@ -88,8 +101,8 @@ pub struct Chains {
     kept: BTreeSet<ChainName>,
     /// What the choice of the programs listed, good until somebody writes rules.
     listings: BTreeMap<Family, String>,
-    /// Per variant in use, whether somebody may have written rules.
-    disturbances: Vec<Disturbance>,
+    /// Per variant in use, whether a stranger may have written rules.
+    disturbances: BTreeMap<Variant, Disturbance>,
     /// [`writes`] when that was last settled.
     settled_writes: u64,
 }
@@ -145,17 +158,17 @@ impl Chains {
             }
         }
         let used: BTreeSet<Variant> = commands.values().map(Command::variant).collect();
-        let mut disturbances: Vec<Disturbance> = used
+        let mut disturbances: BTreeMap<Variant, Disturbance> = used
             .into_iter()
             .map(|variant| {
                 let early =
                     early.iter_mut().find(|(of, _)| *of == variant).and_then(|(_, watch)| watch.take());
-                early.unwrap_or_else(|| Disturbance::open(Some(variant)))
+                (variant, early.unwrap_or_else(|| Disturbance::open(variant)))
             })
             .collect();
         if all_probed {
             // Who disturbed was the probe: where no table is, none of ours is in it.
-            disturbances.iter_mut().for_each(Disturbance::settle);
+            disturbances.values_mut().for_each(Disturbance::settle);
         }
         Ok(Self {
             commands,
@@ -172,22 +185,47 @@ impl Chains {
         })
     }
 
-    /// Whether another program may have written rules since all of ours were last read. Cheap.
+    /// Whether another program may have written rules since [`Chains::begin_check`]. Cheap.
     pub fn is_disturbed(&mut self) -> bool {
-        if !self.disturbances.iter_mut().any(Disturbance::is_seen) {
-            return false;
-        }
-        let Ok(_turn) = TURN.try_lock() else {
+        let Some(_turn) = turn_now() else {
             // A room of this process writes. It stays seen until that is over.
             return false;
         };
-        if writes() == self.settled_writes {
-            return true;
+        self.pass_over_rooms();
+        self.disturbances.values_mut().any(Disturbance::is_seen)
+    }
+
+    /// All chains are read next: what others wrote so far is seen by that, and what they write from now on
+    /// will be told by [`Chains::is_disturbed`].
+    pub fn begin_check(&mut self) {
+        let _turn = turn();
+        self.settled_writes = writes();
+        self.disturbances.values_mut().for_each(Disturbance::settle);
+    }
+
+    /// Takes what other rooms of this process wrote for no stranger's doing. To be called in turn.
+    fn pass_over_rooms(&mut self) {
+        if writes() != self.settled_writes {
+            self.settled_writes = writes();
+            self.disturbances.values_mut().for_each(Disturbance::pass_over);
         }
-        // A room of this process wrote, and no room touches another's chains. Who else did at that very
-        // time is found by the audit.
-        self.settle_disturbances();
-        false
+    }
+
+    /// Runs in turn what writes chains of a family; it tells how many tables it wrote.
+    fn write_in_turn<T>(&mut self, family: Family, write: impl FnOnce(&mut Self) -> (T, usize)) -> T {
+        let _turn = turn();
+        self.pass_over_rooms();
+        let variant = self.variant(family);
+        let watch = |chains: &mut Self, tell: &dyn Fn(&mut Disturbance)| {
+            variant.and_then(|variant| chains.disturbances.get_mut(&variant)).into_iter().for_each(tell);
+        };
+        watch(self, &Disturbance::begin_write);
+        let (outcome, tables) = write(self);
+        watch(self, &|disturbance| disturbance.end_write(tables));
+        // In turn, so that no room takes it for a stranger's doing.
+        WRITES.fetch_add(tables as u64, Ordering::AcqRel);
+        self.settled_writes = writes();
+        outcome
     }
 
     /// Calls `wake` whenever a program of the legacy variant has run, from a thread of its own that ends
@@ -196,11 +234,6 @@ impl Chains {
     pub fn watch(&self, wake: impl Fn() + Send + 'static) -> Option<Watching> {
         let legacy = self.commands.values().any(|command| command.variant() == Variant::Legacy);
         legacy.then(|| disturbance::watch(wake)).flatten()
-    }
-
-    fn settle_disturbances(&mut self) {
-        self.settled_writes = writes();
-        self.disturbances.iter_mut().for_each(Disturbance::settle);
     }
 
     /// Whether IPv4's rules are written by the nft variant.
@@ -215,9 +248,8 @@ impl Chains {
         if !self.listings.is_empty() && self.is_disturbed() {
             self.listings.clear();
         }
-        if check {
-            // Before reading: what others do meanwhile is seen again.
-            self.settle_disturbances();
+        if check && self.listings.is_empty() {
+            self.begin_check();
         }
         let mut repaired = 0;
         let mut failure = None;
@@ -238,15 +270,14 @@ impl Chains {
                 continue;
             }
             // Programs are dear, so one reads and one writes all tables of a family.
-            let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-            let results = match listing {
-                Some(listing) => command.sync_tables_from(&listing, &self.ours, &tables),
-                None => command.sync_tables(&self.ours, &tables),
-            };
-            let wrote = results.iter().flatten().filter(|plan| !plan.is_empty()).count();
-            // In turn, so that no room takes it for a stranger's doing.
-            WRITES.fetch_add(wrote as u64, Ordering::AcqRel);
-            drop(turn);
+            let results = self.write_in_turn(family, |chains| {
+                let results = match listing {
+                    Some(listing) => command.sync_tables_from(&listing, &chains.ours, &tables),
+                    None => command.sync_tables(&chains.ours, &tables),
+                };
+                let wrote = results.iter().flatten().filter(|plan| !plan.is_empty()).count();
+                (results, wrote)
+            });
             if let Some(one) = results.iter().find(|one| one.is_err()).or(results.first()) {
                 self.note_lock(one);
             }
@@ -266,10 +297,6 @@ impl Chains {
                     }
                 }
             }
-        }
-        if repaired > 0 || failure.is_some() {
-            // Our own doing, also where it was refused.
-            self.settle_disturbances();
         }
         failure.map_or(Ok(repaired), Err)
     }
@@ -369,13 +396,13 @@ impl Chains {
     ) -> Result<Plan, Error> {
         if !plan.is_empty() {
             let outcome = self.locked_out(family).and_then(|()| {
-                let Some(command) = self.commands.get(&family) else { return Ok(()) };
-                let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-                let outcome = timed(&mut self.runs, family, true, || command.write(table, &plan));
+                let Some(command) = self.commands.get(&family).cloned() else { return Ok(()) };
+                let outcome = self.write_in_turn(family, |chains| {
+                    let outcome = timed(&mut chains.runs, family, true, || command.write(table, &plan));
+                    let wrote = usize::from(outcome.is_ok());
+                    (outcome, wrote)
+                });
                 self.note_lock(&outcome);
-                if outcome.is_ok() {
-                    WRITES.fetch_add(1, Ordering::AcqRel);
-                }
                 outcome
             });
             if let Err(error) = outcome {

@@ -14,8 +14,10 @@ const SHORTEST: Duration = Duration::from_secs(1);
 const SHARE: u32 = 4000;
 /// The same for looks.
 const LOOK_SHARE: u32 = 1500;
-/// The same for looks at rules that somebody may have changed.
-const FAIR_SHARE: u32 = 10;
+/// The same for looks at rules that somebody may have changed, after none, one, two and more of them in a
+/// row that found nothing wrong: who writes rules of his own all the time shall cost little, and who breaks
+/// ours is answered soon.
+const FAIR_SHARES: [u32; 4] = [2, 4, 8, 10];
 /// First and last delay after a failure.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
@@ -43,6 +45,10 @@ pub struct Schedule {
     tables: Instant,
     rules: Instant,
     fair_rules: Instant,
+    /// The next look at the rules follows a suspicion.
+    suspected: bool,
+    /// Suspicions in a row that were wrong.
+    futile: usize,
     routes: Option<Instant>,
     retry: Option<Instant>,
     delay: Duration,
@@ -57,6 +63,8 @@ impl Schedule {
             tables: next,
             rules: now + period,
             fair_rules: now,
+            suspected: false,
+            futile: 0,
             routes: None,
             retry: None,
             delay: RETRY.0,
@@ -112,6 +120,7 @@ impl Schedule {
 
     /// Looks at the rules as soon as it is fair: somebody may change them all the time.
     pub fn suspect_rules(&mut self) {
+        self.suspected |= self.fair_rules < self.rules;
         self.rules = self.rules.min(self.fair_rules);
     }
 
@@ -120,9 +129,15 @@ impl Schedule {
         self.tables = self.tables.min(Instant::now() + affordable(cost).min(self.period));
     }
 
-    /// What the last look at the rules cost.
-    pub fn rules_cost(&mut self, cost: Duration) {
-        self.fair_rules = Instant::now() + cost * FAIR_SHARE;
+    /// What the last look at the rules cost, and whether it found anything wrong.
+    pub fn rules_cost(&mut self, cost: Duration, found: bool) {
+        let suspected = std::mem::take(&mut self.suspected);
+        if found {
+            self.futile = 0;
+        } else if suspected {
+            self.futile = (self.futile + 1).min(FAIR_SHARES.len() - 1);
+        }
+        self.fair_rules = Instant::now() + cost * FAIR_SHARES.get(self.futile).copied().unwrap_or(1);
         self.rules = self.rules.min(Instant::now() + affordable(cost).min(self.period));
     }
 
@@ -264,12 +279,17 @@ mod tests {
     fn suspicion_is_followed_at_once_and_then_in_fair_intervals() {
         let now = Instant::now();
         let mut schedule = Schedule::new(Duration::from_secs(300), now);
-        schedule.suspect_rules();
-        assert!(schedule.take_due(now).unwrap().rules);
-        schedule.rules_cost(Duration::from_millis(100));
-        schedule.suspect_rules();
-        assert!(schedule.rules > Instant::now() + Duration::from_millis(500));
-        assert!(schedule.rules <= Instant::now() + Duration::from_secs(1));
+        let mut pause = |found: bool| {
+            schedule.suspect_rules();
+            assert!(schedule.take_due(schedule.rules).unwrap().rules);
+            let looked = Instant::now();
+            schedule.rules_cost(Duration::from_millis(100), found);
+            schedule.suspect_rules();
+            (schedule.rules - looked).as_millis() / 100
+        };
+        assert_eq!([(); 4].map(|()| pause(false)), [4, 8, 10, 10]);
+        assert_eq!(pause(true), 2, "ours were broken");
+        assert_eq!(pause(false), 4);
     }
 
     #[test]

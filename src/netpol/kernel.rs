@@ -181,6 +181,16 @@ impl Kernel {
         self.chains.may_write()
     }
 
+    /// Whether another program may have written rules since [`Kernel::begin_chain_check`].
+    pub fn are_chains_disturbed(&mut self) -> bool {
+        self.chains.is_disturbed()
+    }
+
+    /// All chains are read next: see [`Chains::begin_check`].
+    pub fn begin_chain_check(&mut self) {
+        self.chains.begin_check();
+    }
+
     /// Whether the kernel had a chain when it was last looked at.
     pub fn has_chain(&self, family: Family, chain: ChainName) -> bool {
         self.chains.is_known(family, TABLE, chain)

@@ -30,7 +30,6 @@ use super::starting::Starting;
 use super::view::{Request, Shared, View};
 use crate::chains::writes;
 use crate::cluster::{Dirty, Interests, Kind, Subscription};
-use crate::disturbance::Disturbance;
 use crate::metrics::lock;
 use crate::proxy::sets::{Role, SetId};
 use crate::report::Reporter;
@@ -81,7 +80,6 @@ pub struct Room {
     forget_cost: Duration,
     schedule: Schedule,
     looks: Looks,
-    disturbance: Disturbance,
     /// The kernel has been read and made right once since everything was listed.
     adopted: bool,
     /// Writes of chains in this process when ours were last made right, and our own so far.
@@ -112,7 +110,6 @@ impl Room {
         let kernel = Kernel::open()?;
         let index = Index::new(gather::options(&settings, kernel.families()));
         let schedule = Schedule::new(settings.audit_period, Instant::now());
-        let disturbance = Disturbance::open(kernel.variant());
         let room = Self {
             settings,
             subscription,
@@ -136,7 +133,6 @@ impl Room {
             forget_cost: Duration::ZERO,
             schedule,
             looks: Looks::new(Instant::now()),
-            disturbance,
             adopted: false,
             chain_writes: 0,
             own_writes: 0,
@@ -211,7 +207,7 @@ impl Room {
             } else if self.chain_writes != writes() {
                 // The proxy may have put its jump in front of ours.
                 self.schedule.request_rules(started);
-            } else if self.disturbance.is_seen() {
+            } else if self.kernel.are_chains_disturbed() {
                 self.schedule.suspect_rules();
             }
             if !worked && self.trusted && self.looks.is_due(started) {
@@ -387,7 +383,7 @@ impl Room {
 
     /// Reads the kernel back and repairs what differs.
     fn audit(&mut self, due: Due) -> bool {
-        let begun = Instant::now();
+        let (begun, own_before) = (Instant::now(), self.own_writes);
         if !self.trusted && !self.ensure_service_sets() {
             return false;
         }
@@ -406,7 +402,7 @@ impl Room {
         self.schedule.tables_cost(read);
         if chains {
             self.kernel.prepare();
-            self.schedule.rules_cost(begun.elapsed());
+            self.schedule.rules_cost(begun.elapsed(), self.own_writes != own_before);
         }
         self.shared.count(|numbers| &numbers.audits, 1);
         clean
@@ -483,10 +479,7 @@ impl Room {
         let (before_it, own_before) = (writes(), self.own_writes);
         let others = self.chain_writes != before_it;
         if whole {
-            // Before reading: what others do meanwhile is seen again.
-            self.disturbance.settle();
-        } else if self.disturbance.is_seen() {
-            self.schedule.suspect_rules();
+            self.kernel.begin_chain_check();
         }
         for family in self.kernel.families().to_vec() {
             let changes = if whole { None } else { Some(chains.get(&family).cloned().unwrap_or_default()) };
@@ -502,10 +495,6 @@ impl Room {
         }
         self.wait_for_lock(locked, begun);
         lock(&self.shared.numbers.chains_time).observe(begun.elapsed());
-        if self.own_writes != own_before {
-            // Our own doing.
-            self.disturbance.settle();
-        }
         if whole || !others {
             // Not as it is now: another room may have written since ours.
             self.chain_writes = before_it + (self.own_writes - own_before);

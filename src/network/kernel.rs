@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use ferroute_iptables::Family;
 use ferroute_iptables::ipset::{self, Change, Sets};
-use ferroute_iptables::{Family, Variant};
 
 use super::egress::{CHAINS, NODE_IPS, POD_SUBNETS};
 use super::error::Error;
@@ -100,12 +100,6 @@ impl Kernel {
     pub fn families(&self) -> &[Family] {
         &self.families
     }
-
-    /// The variant of iptables in use.
-    pub fn variant(&self) -> Option<Variant> {
-        self.chains.variant(Family::V4)
-    }
-
     /// Whether links or addresses changed since this was last asked.
     pub fn take_links_changed(&self) -> bool {
         self.suspicion.links.swap(false, Ordering::AcqRel)
@@ -204,6 +198,11 @@ impl Kernel {
     /// Makes the chains right; with `check` they are read first. Returns how many tables were not.
     pub fn sync_chains(&mut self, rules: Rules, check: bool) -> Result<usize, Error> {
         Ok(self.chains.sync(rules, check)?)
+    }
+
+    /// Whether another program may have written rules since they were last read.
+    pub fn are_chains_disturbed(&mut self) -> bool {
+        self.chains.is_disturbed()
     }
 
     /// What [`Kernel::sync_chains`] would write, one line each.

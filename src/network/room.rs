@@ -26,7 +26,6 @@ use super::view::{Request, Shared, Status, View};
 use crate::chains;
 use crate::cluster::service::Problem;
 use crate::cluster::{Kind, Subscription};
-use crate::disturbance::Disturbance;
 use crate::host::Family;
 use crate::host::forwarding::ForwardingRoute;
 use crate::host::route::RouteKey;
@@ -73,12 +72,12 @@ pub struct Room {
     /// Failures told, so that each is told once.
     told: BTreeSet<String>,
     schedule: Schedule,
-    disturbance: Disturbance,
     chain_writes: u64,
     /// A whole pass has been made.
     adopted: bool,
     /// How long programs of iptables took in the last whole pass.
     chains_took: Duration,
+    chains_written: bool,
     /// The last pass was clean: what differs from it now was changed by somebody else.
     trusted: bool,
     /// Routes that kube-router left have been taken away.
@@ -108,7 +107,6 @@ impl Room {
         let mut kernel = Kernel::open()?;
         kernel.watch(subscription.waker())?;
         let schedule = Schedule::new(settings.audit_period, Instant::now());
-        let disturbance = Disturbance::open(kernel.variant());
         let room = Self {
             settings,
             subscription,
@@ -131,10 +129,10 @@ impl Room {
             touched: BTreeSet::new(),
             told: BTreeSet::new(),
             schedule,
-            disturbance,
             chain_writes: 0,
             adopted: false,
             chains_took: Duration::ZERO,
+            chains_written: false,
             trusted: false,
             moved_in: false,
         };
@@ -189,7 +187,7 @@ impl Room {
         let links_changed = self.kernel.take_links_changed();
         if self.adopted && self.chain_writes != chains::writes() {
             self.schedule.request_rules(started);
-        } else if self.disturbance.is_seen() {
+        } else if self.kernel.are_chains_disturbed() {
             self.schedule.suspect_rules();
         }
         let due = self.schedule.take_due(started);
@@ -207,7 +205,7 @@ impl Room {
                 let cost = started.elapsed();
                 self.schedule.tables_cost(cost.saturating_sub(self.chains_took));
                 if whole.rules {
-                    self.schedule.rules_cost(self.chains_took);
+                    self.schedule.rules_cost(self.chains_took, self.chains_written);
                 }
                 if due.is_some() {
                     self.shared.numbers.audits.fetch_add(1, Ordering::Relaxed);

@@ -41,17 +41,11 @@ impl Room {
         }
         let facts = self.machine.egress(&self.settings, &self.cluster);
         let check = whole.rules || replaced;
-        if check {
-            self.disturbance.settle();
-        }
         let (before, begun) = (chains::writes(), Instant::now());
         let written = self.kernel.sync_chains(egress::rules(&facts, &families), check);
         self.chains_took = begun.elapsed();
+        self.chains_written = matches!(written, Ok(1..));
         let written = written?;
-        if written > 0 {
-            // Our own doing.
-            self.disturbance.settle();
-        }
         if check {
             self.chain_writes = before + written as u64;
         } else if self.chain_writes == before {

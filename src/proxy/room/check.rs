@@ -50,9 +50,9 @@ impl Room {
             });
         }
         if audit.rules {
-            let started = Instant::now();
+            let (started, before) = (Instant::now(), self.shared.drift());
             clean &= self.sync_rules(true);
-            self.schedule.rules_cost(started.elapsed());
+            self.schedule.rules_cost(started.elapsed(), self.shared.drift() > before);
         }
         self.sync_health_servers();
         clean
