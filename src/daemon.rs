@@ -143,7 +143,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         let routes = routes
             .map(|settings| {
                 let period = settings.audit_period;
-                let subscription = cluster.subscribe_to(&Interests::ROUTES);
+                let subscription = cluster.subscribe_to(&Interests::ROUTES_AND_SECRETS);
                 let programmed = proxy.as_ref().map(|(_, view, _)| view.programmed());
                 let (room, view) = routes::Room::open(settings, subscription, &reporter, programmed, &own)?;
                 anyhow::Ok((room, view, period))

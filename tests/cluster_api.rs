@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use ferroute::cluster::secret::Knowledge;
 use ferroute::cluster::{Access, Cluster, Interests, Kind, ObjectKey, Source, State, run};
 use ferroute::report::Reporter;
 use ferroute_apiserver::{ApiServer, NodeSpec};
@@ -61,6 +62,42 @@ fn a_deployment_and_its_service_arrive_and_a_bad_one_is_reported() -> Result<(),
     };
     assert_eq!(event["involvedObject"]["name"], "web");
     assert_eq!(event["source"]["component"], "ferroute");
+    Ok(())
+}
+
+/// Secrets are asked for one by one, and only while somebody wants them.
+#[test]
+fn single_secrets_are_followed_while_they_are_wanted() -> Result<(), Box<dyn std::error::Error>> {
+    let server = ApiServer::builder().service_cidrs(["10.96.0.0/16".parse()?]).start()?;
+    let put = |name: &str, value: &str| {
+        server.apply(&format!(
+            "apiVersion: v1\nkind: Secret\nmetadata: {{name: {name}, namespace: default}}\ndata: {{password: {value}}}\n"
+        ))
+    };
+    put("other", "c2VjcmV0")?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    let cluster = Cluster::new();
+    let access = Access { master: Some(server.url()), ..Access::default() };
+    let interests = Interests::routes();
+    runtime.spawn(run(Source::Api(access), cluster.clone(), interests, Reporter::new("n1")));
+    let key = ObjectKey::new("default", "tor");
+    let value = |state: &State| match state.secrets.get(&key) {
+        Some(Knowledge::Present(secret)) => secret.value("password").map(<[u8]>::to_vec),
+        other => Err(format!("{other:?}")),
+    };
+    until("the namespace", &cluster, |state| &*state.secrets.namespace == "default");
+    assert_eq!(cluster.read().secrets.get(&key), None);
+    cluster.want_secrets([key.clone()].into());
+    until("that it is missing", &cluster, |state| state.secrets.get(&key) == Some(Knowledge::Missing));
+    put("tor", "c2VjcmV0")?;
+    until("its value", &cluster, |state| value(state) == Ok(b"secret".to_vec()));
+    put("tor", "b3RoZXI=")?;
+    until("its new value", &cluster, |state| value(state) == Ok(b"other".to_vec()));
+    server.delete("secrets", "default", "tor")?;
+    until("that it is gone", &cluster, |state| state.secrets.get(&key) == Some(Knowledge::Missing));
+    assert_eq!(cluster.read().secrets.known.len(), 1, "nobody asked for the other one");
+    cluster.want_secrets([].into());
+    until("that it is forgotten", &cluster, |state| state.secrets.known.is_empty());
     Ok(())
 }
 

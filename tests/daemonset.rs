@@ -10,8 +10,8 @@ use std::path::Path;
 use ferroute::cluster::Interests;
 use ferroute::cluster::Kind;
 use ferroute::cluster::wire::{
-    ApiKind, NamespaceObject, NetworkPolicyObject, NodeObject, PodObject, ServiceCidrObject, ServiceObject,
-    SliceObject,
+    ApiKind, NamespaceObject, NetworkPolicyObject, NodeObject, PodObject, SecretObject, ServiceCidrObject,
+    ServiceObject, SliceObject,
 };
 use ferroute::config::{self, Command, Config, Environment};
 use serde_json::{Value, json};
@@ -185,7 +185,9 @@ fn the_rights_are_those_the_code_uses() {
         resource::<NamespaceObject>(),
         resource::<NetworkPolicyObject>(),
     ]);
-    for kind in Interests::service_proxy().and(Interests::network_policy("n1")).kinds {
+    // Secrets are a matter of bgp-passwords.yaml.
+    let all = Interests::service_proxy().and(Interests::network_policy("n1")).and(Interests::routes());
+    for kind in all.kinds.into_iter().filter(|kind| *kind != Kind::Secret) {
         used.insert(watched[&kind].clone(), words(&["list", "watch"]));
     }
     assert_eq!(granted, used);
@@ -200,6 +202,30 @@ fn the_rights_are_those_the_code_uses() {
         assert_eq!(set["metadata"]["namespace"], account["metadata"]["namespace"]);
         assert_eq!(set["spec"]["template"]["spec"]["serviceAccountName"], account["metadata"]["name"]);
     }
+}
+
+#[test]
+fn secrets_are_readable_by_name_in_the_own_namespace_only() {
+    let documents = documents("bgp-passwords.yaml");
+    let [role, binding] = &documents[..] else { panic!("{documents:?}") };
+    assert_eq!((&role["kind"], &binding["kind"]), (&json!("Role"), &json!("RoleBinding")));
+    let rules = json!([{
+        "apiGroups": [SecretObject::GROUP], "resources": [SecretObject::PLURAL],
+        "resourceNames": ["bgp-passwords"], "verbs": ["list", "watch"],
+    }]);
+    assert_eq!(role["rules"], rules);
+    assert_eq!(binding["roleRef"]["name"], role["metadata"]["name"]);
+    let account = daemon_set(DAEMON_SETS[1]);
+    let namespace = &account["metadata"]["namespace"];
+    assert_eq!(
+        [
+            &role["metadata"]["namespace"],
+            &binding["metadata"]["namespace"],
+            &binding["subjects"][0]["namespace"]
+        ],
+        [namespace; 3]
+    );
+    assert_eq!(binding["subjects"][0]["name"], account["spec"]["template"]["spec"]["serviceAccountName"]);
 }
 
 /// systemd's word on a unit whose program lies where this test's lies; and how exposed it finds it,

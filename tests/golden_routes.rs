@@ -62,7 +62,7 @@ fn render(cluster: &Cluster, settings: &Settings) -> String {
     let identity = identity.unwrap();
     let (wishes, told) = wishes(node, &Wishes::default());
     problems.extend(told);
-    let (external, told) = external(settings, node, None, &[]);
+    let (external, told) = external(settings, node, None, &state.secrets, &[]);
     problems.extend(told);
     let reflects = matches!(identity.reflection, Reflection::Server(_));
     let policies = policies(settings, &wishes, reflects, external.iter().map(|peer| peer.address));

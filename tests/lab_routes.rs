@@ -9,6 +9,7 @@ mod lab;
 use std::net::TcpListener;
 use std::time::Duration;
 
+use base64::Engine;
 use ferroute_kit::assert::{eventually, throughout};
 use ferroute_kit::{Cluster, serial};
 use lab::bgp::*;
@@ -256,6 +257,80 @@ fn what_is_wrong_is_told_and_touches_nobody_else() {
     for daemon in &lab.daemons {
         let log = daemon.log().join("\n");
         assert!(!log.contains("c2VjcmV0") && !log.contains("secret"), "a secret is in the log");
+    }
+}
+
+fn put_password(lab: &Lab, password: &str) {
+    let data = base64::engine::general_purpose::STANDARD.encode(password);
+    let secret = json!({
+        "apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/basic-auth",
+        "metadata": {"name": "tor", "namespace": "default"}, "data": {"password": data},
+    });
+    lab.server.apply(&secret.to_string()).unwrap();
+}
+
+#[test]
+fn a_secret_holds_the_password_of_one_session_and_touches_no_other() {
+    let _serial = serial();
+    let mut lab = Lab::without_daemons(Cluster::builder().nodes(2).pods_per_node(1));
+    let address = lab.node(1).ips[0];
+    let bird = Bird::start(
+        &lab.cluster.router,
+        &format!(
+            "router id 10.10.0.1; protocol device {{ }}
+             protocol bgp n1 {{
+               local 10.10.0.1 as 65000; neighbor {address} as 64512; password \"correct horse\";
+               connect delay time 1; connect retry time 1; error wait time 1, 2;
+               ipv4 {{ import all; export none; }}; ipv6 {{ import all; export none; }};
+             }}\n"
+        ),
+    );
+    let peers = "[{remoteip: 10.10.0.1, remoteasn: 65000, passwordSecret: {name: tor}}]";
+    annotate(&lab, "n1", "peers", Some(peers));
+    lab.start_daemons_within(PATIENCE, &["--run-router=true"]);
+    // Without its Secret the peer is not dialled; the mesh does not wait for it.
+    let mesh = "10.10.0.12 Established 0";
+    wait_sessions(&lab, 1, &[mesh]);
+    let text = lab.wait_event("n1", "PasswordMissing");
+    assert!(
+        text.contains("10.10.0.1, which is not dialled without one: there is no Secret default/tor"),
+        "{text}"
+    );
+    put_password(&lab, "correct horse");
+    wait_sessions(&lab, 1, &["10.10.0.1 Established 0", mesh]);
+    bird.learns("n1", &["10.244.1.0/24", "fd00:244:1::/64"]);
+    // Another password ends this session, and the right one brings it back.
+    put_password(&lab, "battery staple");
+    eventually("the password is suspected", SESSION, || {
+        let text = bgp(&lab, 1, &["neighbors"])["neighbors"][0]["lastError"]["text"].to_string();
+        if text.contains("password") { Ok(()) } else { Err(text) }
+    });
+    put_password(&lab, "correct horse");
+    eventually("the session", SESSION, || {
+        let rows = sessions(&lab, 1);
+        if rows[0].starts_with("10.10.0.1 Established") { Ok(()) } else { Err(format!("{rows:?}")) }
+    });
+    // A Secret that goes takes no session along.
+    let before = sessions(&lab, 1);
+    assert_eq!(before[1], mesh);
+    lab.server.delete("secrets", "default", "tor").unwrap();
+    eventually("it is told", SOON, || {
+        let events = lab.events("n1");
+        let kept = events.iter().any(|(_, text)| text.contains("10.10.0.1, which keeps the password it had"));
+        if kept { Ok(()) } else { Err(format!("{events:?}")) }
+    });
+    throughout("nothing happens", Duration::from_secs(2), || {
+        let now = sessions(&lab, 1);
+        if now == before { Ok(()) } else { Err(format!("{now:?}")) }
+    });
+    let socket = format!("--admin-socket={}", lab.admin_socket(lab.node(1)));
+    let status = lab.node(1).exec(PROGRAM, &["status", &socket]).unwrap();
+    let told = format!("{status}{:?}", lab.server.list("events", "default"));
+    for daemon in &lab.daemons {
+        let said = daemon.log().join("\n") + &told;
+        for secret in ["correct horse", "battery staple", "Y29ycmVjdCBob3JzZQ", "YmF0dGVyeSBzdGFwbGU"] {
+            assert!(!said.contains(secret), "a secret is shown");
+        }
     }
 }
 

@@ -33,13 +33,17 @@ impl Interests {
         Self { kinds: BTreeSet::from(Self::NETWORK_POLICY), only_node: Some(node.into()) }
     }
 
-    /// Kinds that the route room reads: its own Node and those of its peers, and Services with what
-    /// serves them.
+    /// Kinds without which the route room decides nothing: its own Node and those of its peers, and Services
+    /// with what serves them.
     pub const ROUTES: [Kind; 4] = Self::SERVICE_PROXY;
+
+    /// The same, with the Secrets that its peers name: passwords may come later.
+    pub const ROUTES_AND_SECRETS: [Kind; 5] =
+        [Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr, Kind::Secret];
 
     /// What the route room reads.
     pub fn routes() -> Self {
-        Self { kinds: BTreeSet::from(Self::ROUTES), only_node: None }
+        Self { kinds: BTreeSet::from(Self::ROUTES_AND_SECRETS), only_node: None }
     }
 
     /// What both together read.

@@ -14,6 +14,7 @@ pub mod health;
 mod interests;
 pub mod network_policy;
 pub mod node;
+pub mod secret;
 pub mod service;
 pub mod source;
 mod token;
@@ -33,6 +34,7 @@ use ipnet::IpNet;
 use endpoints::{Slice, Slices};
 use network_policy::NetworkPolicy;
 use node::Node;
+use secret::Secrets;
 use service::Service;
 use workload::{Namespace, Pod};
 
@@ -94,11 +96,13 @@ pub enum Kind {
     Namespace,
     /// networking.k8s.io/v1 NetworkPolicy.
     NetworkPolicy,
+    /// core/v1 Secret: single ones, while a room wants them ([`Cluster::want_secrets`]).
+    Secret,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Service,
         Self::EndpointSlice,
         Self::Node,
@@ -106,6 +110,7 @@ impl Kind {
         Self::Pod,
         Self::Namespace,
         Self::NetworkPolicy,
+        Self::Secret,
     ];
 
     /// The kind as written in manifests.
@@ -118,6 +123,7 @@ impl Kind {
             Kind::Pod => "Pod",
             Kind::Namespace => "Namespace",
             Kind::NetworkPolicy => "NetworkPolicy",
+            Kind::Secret => "Secret",
         }
     }
 }
@@ -146,6 +152,8 @@ pub struct State {
     pub namespaces: HashMap<Arc<str>, Arc<Namespace>>,
     /// NetworkPolicies; only when a room asked for them.
     pub network_policies: HashMap<ObjectKey, Arc<NetworkPolicy>>,
+    /// Secrets that a room wanted.
+    pub secrets: Secrets,
     /// Kinds whose first list is complete. No room acts on a kind before that.
     pub listed: BTreeSet<Kind>,
     /// What cannot be parsed and has no last good state, with the Service whose endpoints alone it
@@ -175,6 +183,8 @@ pub struct Dirty {
     pub namespaces: BTreeSet<Arc<str>>,
     /// NetworkPolicies that changed, appeared or went.
     pub network_policies: BTreeSet<ObjectKey>,
+    /// Whether something about Secrets changed.
+    pub secrets: bool,
     /// Whether a kind finished its first list.
     pub listed: bool,
     /// Whether [`State::unreadable`] changed.
@@ -194,6 +204,7 @@ impl Dirty {
             && self.namespaces.is_empty()
             && self.network_policies.is_empty()
             && !self.service_cidrs
+            && !self.secrets
             && !self.listed
             && !self.unreadable
     }
@@ -209,6 +220,7 @@ pub struct Cluster {
 struct Inner {
     state: Mutex<State>,
     subscribers: Mutex<Vec<Arc<Inbox>>>,
+    wanted_secrets: tokio::sync::watch::Sender<BTreeSet<ObjectKey>>,
     health: WatchHealth,
 }
 
@@ -288,6 +300,7 @@ impl Cluster {
                 dirty.network_policies = state.network_policies.keys().cloned().collect();
             }
             dirty.service_cidrs = wants(Kind::ServiceCidr) && !state.service_cidrs.is_empty();
+            dirty.secrets = wants(Kind::Secret) && !state.secrets.known.is_empty();
             dirty.listed = state.listed.iter().any(|kind| wants(*kind));
             dirty.unreadable = state.unreadable.keys().any(|what| what.kind.is_none_or(wants));
             if !dirty.is_empty() {

@@ -38,6 +38,7 @@ pub async fn run(
     match source {
         Source::Api(access) => {
             let client = access.client()?;
+            cluster.set_namespace(client.default_namespace());
             let watches = watch::watch_all(&client, &cluster, &interests, &reporter);
             futures::future::join(watches, reporter.post_events(client.clone())).await;
             Ok(())

@@ -27,6 +27,8 @@ use super::wire::{
 use super::{Cluster, Kind};
 use crate::report::Reporter;
 
+mod secrets;
+
 /// Objects per page: more costs memory, fewer costs requests.
 const PAGE: u32 = 500;
 /// The first retry follows at once, a server in trouble is asked every half minute.
@@ -66,6 +68,7 @@ pub async fn watch_all(client: &Client, cluster: &Cluster, interests: &Interests
             Kind::Pod => watch::<PodObject>(client, cluster, reporter, config).boxed(),
             Kind::Namespace => watch::<NamespaceObject>(client, cluster, reporter, config).boxed(),
             Kind::NetworkPolicy => watch::<NetworkPolicyObject>(client, cluster, reporter, config).boxed(),
+            Kind::Secret => secrets::watch_wanted(client, cluster).boxed(),
         }
     });
     join_all(watches).await;

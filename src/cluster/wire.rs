@@ -9,7 +9,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use kube::core::{ClusterResourceScope, ObjectMeta};
+use kube::core::{DynamicResourceScope, ObjectMeta};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
@@ -278,6 +278,24 @@ impl Shape for OurAnnotations {
             }
         }
         Ok(())
+    }
+}
+
+/// Values that nobody may see.
+#[derive(Clone, Default)]
+pub struct Hidden(pub BTreeMap<Box<str>, Box<str>>);
+
+impl fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+impl Shape for Hidden {
+    const EXPECTED: &'static str = <BTreeMap<Box<str>, Box<str>> as Shape>::EXPECTED;
+
+    fn map<'de, A: MapAccess<'de>>(&mut self, entries: A, wrong: &mut Wrong) -> Result<(), A::Error> {
+        self.0.map(entries, wrong)
     }
 }
 
@@ -602,6 +620,15 @@ shape! {
     }
 }
 
+shape! {
+    /// core/v1 Secret.
+    SecretObject {
+        metadata: Meta = "metadata",
+        data: Hidden = "data",
+        string_data: Hidden = "stringData",
+    }
+}
+
 /// A kind as the API server names it.
 pub trait ApiKind: Shape + Clone + fmt::Debug + Send + Sync + 'static {
     /// Which kind this is.
@@ -642,6 +669,7 @@ api_kind!(ServiceCidrObject, ServiceCidr, "networking.k8s.io", &["v1", "v1beta1"
 api_kind!(PodObject, Pod, "", &["v1"], "pods");
 api_kind!(NamespaceObject, Namespace, "", &["v1"], "namespaces");
 api_kind!(NetworkPolicyObject, NetworkPolicy, "networking.k8s.io", &["v1"], "networkpolicies");
+api_kind!(SecretObject, Secret, "", &["v1"], "secrets");
 
 /// One decoded object, with what did not fit.
 #[derive(Clone, Debug)]
@@ -688,7 +716,7 @@ pub struct Version(pub &'static str);
 
 impl<T: ApiKind> kube::Resource for Item<T> {
     type DynamicType = Version;
-    type Scope = ClusterResourceScope;
+    type Scope = DynamicResourceScope;
 
     fn kind(_: &Version) -> Cow<'_, str> {
         T::KIND.name().into()

@@ -592,6 +592,7 @@ fn every_flag_of_bgp_arrives() {
         asn: Asn(asn),
         port,
         password: password.map(|text| Password::new(text.as_bytes()).unwrap()),
+        secret: None,
         source: None,
         bfd: None,
     };

@@ -37,7 +37,7 @@ impl Causes {
         let matters = |what: &Unreadable| match what.kind {
             None | Some(Kind::Service | Kind::EndpointSlice | Kind::ServiceCidr) => true,
             Some(Kind::Node) => *what.key.name == *node,
-            Some(Kind::Pod | Kind::Namespace | Kind::NetworkPolicy) => false,
+            Some(Kind::Pod | Kind::Namespace | Kind::NetworkPolicy | Kind::Secret) => false,
         };
         Self(
             state

@@ -1,5 +1,6 @@
 //! External peers as annotations of a Node name them. Pure; no message holds a secret.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -11,8 +12,10 @@ use ferroute_bgp::peer::PORT;
 use ferroute_bgp::transport::Password;
 use serde_json::{Map, Value};
 
-use super::settings::{ExternalPeer, is_reserved};
+use super::settings::{ExternalPeer, SecretReference, is_reserved};
+use crate::cluster::ObjectKey;
 use crate::cluster::node::Node;
+use crate::cluster::secret::{Knowledge, Secrets};
 use crate::cluster::service::Problem;
 
 /// Annotation with a YAML list of peers.
@@ -28,6 +31,10 @@ pub const PASSWORDS: &str = "kube-router.io/peer.passwords";
 /// Local addresses for `peer.ips`.
 pub const LOCAL_IPS: &str = "kube-router.io/peer.localips";
 
+/// The key of a Secret that holds the password unless another is named: that of type
+/// `kubernetes.io/basic-auth`.
+const SECRET_KEY: &str = "password";
+
 /// Milliseconds between BFD packets unless said otherwise.
 const BFD_INTERVAL: u64 = 1000;
 /// BFD packets that may be missed unless said otherwise.
@@ -36,15 +43,24 @@ const BFD_MULTIPLIER: u64 = 3;
 const BFD_PORT: u64 = 3784;
 
 /// The peers that a Node's annotations name. What cannot be read keeps its `last` good state: a
-/// single peer the one with its address, an unreadable list all of it.
-pub fn annotated(node: &Node, last: &[ExternalPeer]) -> (Vec<ExternalPeer>, Vec<Problem>) {
-    let mut reading = Reading { node, last, peers: Vec::new(), problems: Vec::new() };
+/// single peer the one with its address, an unreadable list all of it. A peer whose Secret has no password
+/// for it keeps the one it had; without any it is left out.
+pub fn annotated(node: &Node, secrets: &Secrets, last: &[ExternalPeer]) -> (Vec<ExternalPeer>, Vec<Problem>) {
+    let mut reading = Reading { node, secrets, last, peers: Vec::new(), problems: Vec::new() };
     if let Some(text) = node.annotations.get(PEERS) {
         reading.list(text);
     } else {
         reading.columns();
     }
     (reading.peers, reading.problems)
+}
+
+/// The Secrets that the annotations of a Node name.
+pub fn secrets(node: &Node, namespace: &str) -> BTreeSet<ObjectKey> {
+    let text = node.annotations.get(PEERS).map_or("", |text| text);
+    let entries = serde_saphyr::from_str::<Option<Vec<Value>>>(text).ok().flatten().unwrap_or_default();
+    let peers = entries.iter().filter_map(|entry| entry_of(entry.as_object()?, namespace).ok());
+    peers.filter_map(|peer| Some(peer.secret?.secret)).collect()
 }
 
 /// A secret in base64, blank for none.
@@ -76,6 +92,7 @@ pub fn passwords(text: &str) -> Result<Vec<Option<Password>>, String> {
 
 struct Reading<'a> {
     node: &'a Node,
+    secrets: &'a Secrets,
     last: &'a [ExternalPeer],
     peers: Vec<ExternalPeer>,
     problems: Vec<Problem>,
@@ -91,7 +108,9 @@ impl Reading<'_> {
 
     /// Everything stays as it was.
     fn keep_all(&mut self, annotation: &str, what: &str) {
-        self.peers = self.last.to_vec();
+        for peer in self.last {
+            self.push(peer.clone());
+        }
         self.problem(annotation, &format!("{what}; its peers stay as they were"));
     }
 
@@ -116,9 +135,9 @@ impl Reading<'_> {
             match entry
                 .as_object()
                 .ok_or_else(|| "write remoteip: and remoteasn:".to_owned())
-                .and_then(entry_of)
+                .and_then(|entry| entry_of(entry, &self.secrets.namespace))
             {
-                Ok(peer) => self.peers.push(peer),
+                Ok(peer) => self.push(peer),
                 Err(why) => self.keep(PEERS, index, known, &why),
             }
         }
@@ -132,8 +151,54 @@ impl Reading<'_> {
             (Some(address), None) => (format!(" ({address})"), "is left out"),
             (None, _) => (String::new(), "is left out"),
         };
-        self.peers.extend(before.cloned());
+        if let Some(before) = before {
+            self.push(before.clone());
+        }
         self.problem(annotation, &format!("peer {}{who} {fate}: {why}", index + 1));
+    }
+
+    /// Adds a peer, with the password that its Secret holds.
+    fn push(&mut self, mut peer: ExternalPeer) {
+        let Some(reference) = &peer.secret else { return self.peers.push(peer) };
+        let (name, key) = (&reference.secret, &reference.key);
+        let why = match self.secrets.get(name) {
+            // Before the first answer there is nothing to tell.
+            None => None,
+            Some(Knowledge::Missing) => Some(format!(
+                "there is no Secret {name}; create it with the password as its key {key}: kubectl -n {} create secret \
+                 generic {} --from-file={key}=FILE",
+                name.namespace, name.name
+            )),
+            Some(Knowledge::Unreadable(why)) => Some(format!("Secret {name} cannot be read: {why}")),
+            Some(Knowledge::Present(secret)) => {
+                match secret
+                    .value(key)
+                    .and_then(|value| written(value).map_err(|why| format!("{key}: {why}")))
+                {
+                    Ok(password) => {
+                        peer.password = Some(password);
+                        return self.peers.push(peer);
+                    }
+                    Err(why) => Some(format!("Secret {name}: {why}")),
+                }
+            }
+        };
+        let before = self.last.iter().find(|last| last.address == peer.address);
+        peer.password = before.and_then(|before| before.password.clone());
+        let fate =
+            if peer.password.is_some() { "keeps the password it had" } else { "is not dialled without one" };
+        if let Some(why) = why {
+            self.problems.push(Problem {
+                reason: "PasswordMissing",
+                message: format!(
+                    "annotation {PEERS} of Node {}: no password for {}, which {fate}: {why}",
+                    self.node.name, peer.address
+                ),
+            });
+        }
+        if peer.password.is_some() {
+            self.peers.push(peer);
+        }
     }
 
     fn columns(&mut self) {
@@ -174,20 +239,21 @@ impl Reading<'_> {
                     port: port(&item(&ports, index)).map_err(column(PORTS))?,
                     password: password(&item(&passwords, index))
                         .map_err(|why| (PASSWORDS, format!("its password {why}")))?,
+                    secret: None,
                     source: source(&item(&sources, index), address).map_err(column(LOCAL_IPS))?,
                     bfd: None,
                 })
             });
             match peer {
-                Ok(peer) => self.peers.push(peer),
+                Ok(peer) => self.push(peer),
                 Err((name, why)) => self.keep(name, index, known, &why),
             }
         }
     }
 }
 
-/// One entry of the YAML list.
-fn entry_of(entry: &Map<String, Value>) -> Result<ExternalPeer, String> {
+/// One entry of the YAML list, its Secret not yet read. `namespace` is where Secrets may be read.
+fn entry_of(entry: &Map<String, Value>, namespace: &str) -> Result<ExternalPeer, String> {
     // Numbers are often written where texts are meant, and the other way round.
     let text = |name: &str| match entry.get(name) {
         None | Some(Value::Null) => Ok(String::new()),
@@ -196,17 +262,54 @@ fn entry_of(entry: &Map<String, Value>) -> Result<ExternalPeer, String> {
         Some(_) => Err(format!("{name} is no text; put it in quotes")),
     };
     let address = address(&text("remoteip")?)?;
+    let secret = match entry.get("passwordSecret") {
+        None | Some(Value::Null) => None,
+        Some(secret) => Some(reference(secret, namespace).map_err(|why| format!("passwordSecret: {why}"))?),
+    };
+    if secret.is_some() && !text("password")?.is_empty() {
+        return Err("it has both password and passwordSecret; write one of them".to_owned());
+    }
     Ok(ExternalPeer {
         address,
         asn: remote_asn(&text("remoteasn")?)?,
         port: port(&text("port")?)?,
         password: password(&text("password")?).map_err(|why| format!("password {why}"))?,
+        secret,
         source: source(&text("localip")?, address)?,
         bfd: match entry.get("bfd") {
             None | Some(Value::Null) => None,
             Some(bfd) => bfd_of(bfd).map_err(|why| format!("bfd: {why}"))?,
         },
     })
+}
+
+/// The map `passwordSecret`. Only the namespace of this process: whoever may annotate a Node may not make it read the
+/// Secrets of others.
+fn reference(secret: &Value, own: &str) -> Result<SecretReference, String> {
+    let map = secret.as_object().ok_or("write {name: NAME}")?;
+    let text = |name: &str| match map.get(name) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) if text.trim().is_empty() => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.trim())),
+        Some(_) => Err(format!("{name} is no text; put it in quotes")),
+    };
+    let name = text("name")?.ok_or("it has no name")?;
+    match text("namespace")? {
+        Some(namespace) if namespace != own => Err(format!(
+            "namespace {:?}: Secrets are read in {own:?} only; put it there and leave the namespace out",
+            shortened(namespace)
+        )),
+        _ => Ok(SecretReference {
+            secret: ObjectKey::new(own, name),
+            key: text("key")?.unwrap_or(SECRET_KEY).into(),
+        }),
+    }
+}
+
+/// A password as a Secret holds it. Files often end in a newline, passwords never do.
+fn written(value: &[u8]) -> Result<Password, String> {
+    let value = value.strip_suffix(b"\n").unwrap_or(value);
+    Password::new(value.strip_suffix(b"\r").unwrap_or(value)).map_err(|error| error.to_string())
 }
 
 /// The map `bfd`: what is left out is the default of the flags, not their value.

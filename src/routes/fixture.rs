@@ -59,5 +59,13 @@ pub(crate) fn address(text: &str) -> IpAddr {
 }
 
 pub(crate) fn external(text: &str, asn: u32) -> ExternalPeer {
-    ExternalPeer { address: address(text), asn: Asn(asn), port: 179, password: None, source: None, bfd: None }
+    ExternalPeer {
+        address: address(text),
+        asn: Asn(asn),
+        port: 179,
+        password: None,
+        secret: None,
+        source: None,
+        bfd: None,
+    }
 }

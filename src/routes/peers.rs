@@ -14,6 +14,7 @@ use super::identity::{ASN, CLIENT, Identity, Reflection, SERVER, asn, families, 
 use super::policies::Policies;
 use super::settings::{ExternalPeer, Settings};
 use crate::cluster::node::Node;
+use crate::cluster::secret::Secrets;
 use crate::cluster::service::Problem;
 
 /// Seconds without a word after which another node counts as gone (RFC 4271's suggestion).
@@ -42,16 +43,18 @@ pub struct Peer {
 
 /// The external peers of this node: those of the flags, else those of its annotations.
 ///
-/// `secrets` are those of the passwords file, `last` what the annotations named before.
+/// `secrets` are those of the passwords file, `named` the Secrets that annotations name, `last` what there
+/// was before.
 pub fn external(
     settings: &Settings,
     node: &Node,
     secrets: Option<&Result<Vec<Option<Password>>, String>>,
+    named: &Secrets,
     last: &[ExternalPeer],
 ) -> (Vec<ExternalPeer>, Vec<Problem>) {
     let given = &settings.external.peers;
     if given.is_empty() {
-        return annotated(node, last);
+        return annotated(node, named, last);
     }
     let mut peers = given.clone();
     let mut problems = Vec::new();

@@ -37,6 +37,7 @@ use crate::proxy::Programmed;
 use crate::proxy::facts::Facts;
 use crate::report::Reporter;
 
+mod secrets;
 mod sessions;
 
 /// Longest sleep: sessions, listeners and the passwords file are looked at so often.
@@ -83,6 +84,8 @@ pub struct Room {
     wishes: Wishes,
     external: Vec<ExternalPeer>,
     secrets: Option<Result<Vec<Option<Password>>, String>>,
+    /// When Secrets were first asked for.
+    secrets_since: Option<Instant>,
     /// When each peer began to be wanted.
     wanted: BTreeMap<PeerKey, Instant>,
     announcements: Announcements,
@@ -152,6 +155,7 @@ impl Room {
             wishes: Wishes::default(),
             external: Vec::new(),
             secrets: None,
+            secrets_since: None,
             wanted: BTreeMap::new(),
             announcements: Announcements::default(),
             complete: false,
@@ -186,8 +190,9 @@ impl Room {
             self.pending.services.extend(dirty.services);
             self.pending.nodes.extend(dirty.nodes);
             self.pending.service_cidrs |= dirty.service_cidrs;
+            self.pending.secrets |= dirty.secrets;
             // Nothing is decided on an incomplete view: peers keep what they have.
-            if self.is_listed() {
+            if self.is_listed() && self.has_secrets() {
                 self.turn();
             }
         }
@@ -215,7 +220,8 @@ impl Room {
         let first = !std::mem::replace(&mut self.started, true);
         let chosen = self.own.as_ref().and_then(OwnAddresses::get).unwrap_or_default();
         let moved = chosen != std::mem::replace(&mut self.chosen, chosen.clone());
-        if first || moved || !pending.nodes.is_empty() || pending.service_cidrs || secrets != self.secrets {
+        let changed = !pending.nodes.is_empty() || pending.service_cidrs || pending.secrets;
+        if first || moved || changed || secrets != self.secrets {
             let begun = Instant::now();
             self.secrets = secrets;
             self.take_nodes();
@@ -234,11 +240,12 @@ impl Room {
 
     /// Everything that follows from Node objects: who this node is, its peers and policies.
     fn take_nodes(&mut self) {
-        let (facts, node, nodes) = {
+        let (facts, named, node, nodes) = {
             let state = self.subscription.cluster().read();
             let facts = Facts::gather(&self.settings.services, &state, &[], true);
             let nodes: Vec<Arc<Node>> = state.nodes.values().cloned().collect();
-            (facts, state.nodes.get(&self.settings.node_name).cloned(), nodes)
+            let node = state.nodes.get(&self.settings.node_name).cloned();
+            (facts, state.secrets.clone(), node, nodes)
         };
         let mut problems: BTreeMap<Arc<str>, Vec<Problem>> = BTreeMap::new();
         let Some(node) = node.or_else(|| self.node.clone()) else {
@@ -259,9 +266,10 @@ impl Room {
         own.extend(told);
         let (wishes, told) = wishes(&node, &self.wishes);
         own.extend(told);
-        let (external, told) = external(&self.settings, &node, self.secrets.as_ref(), &self.external);
+        let (external, told) = external(&self.settings, &node, self.secrets.as_ref(), &named, &self.external);
         own.extend(told);
         (self.wishes, self.external) = (wishes, external);
+        self.want_secrets(&node, &named);
         self.draining = if node.draining { self.draining.or_else(|| Some(Instant::now())) } else { None };
         self.take_facts(facts, &node);
         self.nobody = identity.is_none() && self.identity.is_none();

@@ -9,6 +9,7 @@ use ferroute_bgp::bfd::Timers;
 use ferroute_bgp::message::{Asn, RouterId};
 use ferroute_bgp::transport::Password;
 
+use crate::cluster::ObjectKey;
 use crate::network::node_address::Methods;
 use crate::proxy;
 
@@ -102,10 +103,21 @@ pub struct ExternalPeer {
     pub port: u16,
     /// TCP MD5 secret (RFC 2385); never shown.
     pub password: Option<Password>,
+    /// Where that secret is kept, if not here.
+    pub secret: Option<SecretReference>,
     /// Address of this node to speak from, where it is not the usual.
     pub source: Option<IpAddr>,
     /// Timers of BFD, where it is on.
     pub bfd: Option<Timers>,
+}
+
+/// A value in a Secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecretReference {
+    /// Namespace and name.
+    pub secret: ObjectKey,
+    /// The key in its `data`.
+    pub key: Arc<str>,
 }
 
 /// Whether no peer can have this AS number (kube-router's list: 0, 23456, 64000-64511, 65535-131071 and

@@ -7,6 +7,7 @@
 pub mod endpoints;
 pub mod network_policy;
 pub mod node;
+pub mod secret;
 pub mod service;
 pub mod workload;
 

@@ -29,10 +29,10 @@ use super::health::WatchHealth;
 use super::interests::Interests;
 use super::service::Problem;
 use super::wire::{
-    Item, NamespaceObject, NetworkPolicyObject, NodeObject, PodObject, ServiceCidrObject, ServiceObject,
-    SliceObject,
+    ApiKind, Item, NamespaceObject, NetworkPolicyObject, NodeObject, PodObject, SecretObject,
+    ServiceCidrObject, ServiceObject, SliceObject,
 };
-use super::{Cluster, Kind, ObjectKey, Unreadable};
+use super::{Cluster, Kind, ObjectKey, Unreadable, decode};
 use crate::report::Reporter;
 use endpoints::Selecting;
 use parse::Document;
@@ -47,6 +47,8 @@ const GATHER: Duration = Duration::from_millis(20);
 const STOP: Duration = Duration::from_millis(500);
 /// A bigger file is a mistake.
 const MAX_FILE: u64 = 256 << 20;
+/// The namespace of objects that name none.
+const DEFAULT_NAMESPACE: &str = "default";
 /// The kind under which files are reported.
 const REPORTED_AS: &str = "Manifest";
 
@@ -140,6 +142,8 @@ struct Feeds {
 impl Reader {
     fn new(folder: PathBuf, cluster: Cluster, interests: &Interests, reporter: &Reporter) -> Self {
         let health = cluster.watch_health();
+        // As for kubectl: the namespace of what names none.
+        cluster.set_namespace(DEFAULT_NAMESPACE);
         for kind in &interests.kinds {
             health.started(*kind);
         }
@@ -179,6 +183,9 @@ impl Reader {
             let unsettled = self.scan(&mut announcer, &announced, first);
             if first {
                 for kind in self.interests.kinds.clone() {
+                    if kind == Kind::Secret {
+                        self.cluster.set_secrets_complete();
+                    }
                     self.feeds.set_listed(kind);
                     self.health.listed(kind);
                 }
@@ -364,6 +371,7 @@ impl Reader {
             ("", "Pod") => Kind::Pod,
             ("", "Namespace") => Kind::Namespace,
             ("networking.k8s.io", "NetworkPolicy") => Kind::NetworkPolicy,
+            ("", "Secret") => Kind::Secret,
             _ => {
                 tracing::debug!(path = %path.display(), line = document.line, kind, "manifest of a kind that is not read");
                 return Ok(None);
@@ -374,7 +382,7 @@ impl Reader {
             return Err(at(format!("the {kind} has no metadata.name")));
         };
         let namespace = if namespaced(known) {
-            metadata["namespace"].as_str().filter(|name| !name.is_empty()).unwrap_or("default")
+            metadata["namespace"].as_str().filter(|name| !name.is_empty()).unwrap_or(DEFAULT_NAMESPACE)
         } else {
             ""
         };
@@ -419,6 +427,11 @@ impl Reader {
             Kind::ServiceCidr => feed(&mut self.feeds.cidrs, &value),
             Kind::Namespace => feed(&mut self.feeds.namespaces, &value),
             Kind::NetworkPolicy => feed(&mut self.feeds.policies, &value),
+            Kind::Secret => {
+                if let Some(item) = item::<SecretObject>(&value) {
+                    self.cluster.apply_secret(key, decode::secret::secret(&item));
+                }
+            }
         }
     }
 
@@ -437,6 +450,7 @@ impl Reader {
             }
             Kind::Namespace => self.feeds.namespaces.delete(key),
             Kind::NetworkPolicy => self.feeds.policies.delete(key),
+            Kind::Secret => self.cluster.forget_secret(key),
         }
     }
 
@@ -504,6 +518,8 @@ impl Feeds {
             Kind::Pod => self.pods.set_listed(),
             Kind::Namespace => self.namespaces.set_listed(),
             Kind::NetworkPolicy => self.policies.set_listed(),
+            // Nobody waits for Secrets as a kind.
+            Kind::Secret => {}
         }
     }
 }
@@ -524,7 +540,7 @@ fn repeated(path: &Path, line: usize, (kind, key): &(Kind, ObjectKey), owner: &P
 }
 
 /// Decoding takes any value, so this is `None` only in theory.
-fn item<T: Stored>(value: &Value) -> Option<Item<T>> {
+fn item<T: ApiKind>(value: &Value) -> Option<Item<T>> {
     Item::deserialize(value).ok()
 }
 

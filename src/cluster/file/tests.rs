@@ -1,6 +1,7 @@
 //! The folder reader against real folders.
 
 use super::*;
+use crate::cluster::secret::Knowledge;
 
 /// A folder that is gone when dropped.
 pub(in crate::cluster) struct TempFolder(pub PathBuf);
@@ -186,4 +187,40 @@ async fn a_folder_that_is_no_folder_is_an_error() {
         let error = ended.unwrap_err().to_string();
         assert!(error.contains("--manifests=") && error.contains(&*path.to_string_lossy()), "{error}");
     }
+}
+
+#[tokio::test]
+async fn secrets_come_from_the_folder_and_are_never_quoted() {
+    let folder = TempFolder::new("secrets");
+    let path = folder.0.join("tor.yaml");
+    let secret = |values: &str| {
+        format!(
+            "apiVersion: v1\nkind: Secret\nmetadata: {{name: tor}}\ntype: kubernetes.io/basic-auth\n{values}\n"
+        )
+    };
+    fs::write(&path, secret("stringData: {password: hunter2}")).unwrap();
+    let (cluster, reporter) = (Cluster::new(), Reporter::new("n1"));
+    let (root, watched, told) = (folder.0.clone(), cluster.clone(), reporter.clone());
+    let interests = Interests::routes();
+    tokio::spawn(async move { watch(root, watched, &interests, &told).await });
+    let (tor, other) = (ObjectKey::new("default", "tor"), ObjectKey::new("default", "other"));
+    let value = |state: &super::super::State| match state.secrets.get(&tor) {
+        Some(Knowledge::Present(secret)) => secret.value("password").map(<[u8]>::to_vec).ok(),
+        _ => None,
+    };
+    until("the Secret", &cluster, |state| value(state) == Some(b"hunter2".to_vec())).await;
+    until("all there are", &cluster, |state| state.secrets.get(&other) == Some(Knowledge::Missing)).await;
+    fs::write(&path, secret("data: {password: aHVudGVyMw==}")).unwrap();
+    until("its new value", &cluster, |state| value(state) == Some(b"hunter3".to_vec())).await;
+    for broken in ["data: {password: 'hunter4}", "data: {password: hunter4: hunter4}", "data: [hunter4"] {
+        fs::write(&path, secret(broken)).unwrap();
+        until(broken, &cluster, |_| reporter.current().iter().any(|problem| problem.reason == "Unparsable"))
+            .await;
+        assert!(!format!("{:?}", reporter.current()).contains("hunter"), "{:?}", reporter.current());
+        assert_eq!(value(&cluster.read()), Some(b"hunter3".to_vec()));
+        fs::write(&path, secret("data: {password: aHVudGVyMw==}")).unwrap();
+        until("mended", &cluster, |_| reporter.current().is_empty()).await;
+    }
+    fs::remove_file(&path).unwrap();
+    until("that it is gone", &cluster, |state| state.secrets.get(&tor) == Some(Knowledge::Missing)).await;
 }

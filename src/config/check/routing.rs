@@ -229,6 +229,7 @@ impl Check<'_> {
                     asn,
                     port: ports.get(index).copied().unwrap_or(PORT),
                     password: passwords.get(index).cloned().flatten(),
+                    secret: None,
                     source: None,
                     bfd,
                 })

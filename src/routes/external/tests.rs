@@ -2,7 +2,15 @@ use super::*;
 use crate::routes::fixture;
 
 fn read(annotations: &[(&str, &str)], last: &[ExternalPeer]) -> (Vec<String>, Vec<String>) {
-    let (peers, problems) = annotated(&fixture::node(1, annotations), last);
+    read_with(annotations, &Secrets::default(), last)
+}
+
+fn read_with(
+    annotations: &[(&str, &str)],
+    secrets: &Secrets,
+    last: &[ExternalPeer],
+) -> (Vec<String>, Vec<String>) {
+    let (peers, problems) = annotated(&fixture::node(1, annotations), secrets, last);
     let peers = peers.iter().map(|peer| {
         let password = if peer.password.is_some() { " signed" } else { "" };
         let source = peer.source.map_or(String::new(), |source| format!(" from {source}"));
@@ -40,7 +48,7 @@ fn the_yaml_list_is_read() {
 fn bfd_is_asked_for_by_peer() {
     let of = |bfd: &str| {
         let list = format!("- {{remoteip: 192.0.2.1, remoteasn: 65001, bfd: {bfd}}}");
-        let (peers, problems) = annotated(&fixture::node(1, &[("peers", &list)]), &[]);
+        let (peers, problems) = annotated(&fixture::node(1, &[("peers", &list)]), &Secrets::default(), &[]);
         assert_eq!(problems, [], "{bfd}");
         peers[0].bfd
     };
@@ -159,5 +167,79 @@ proptest::proptest! {
     fn no_annotation_panics(list in "\\PC{0,40}", ips in "[0-9.,:a ]{0,20}", asns in "[0-9, ]{0,20}") {
         read(&[("peers", &list)], &[]);
         read(&[("peer.ips", &ips), ("peer.asns", &asns), ("peer.ports", &asns)], &[]);
+    }
+}
+
+fn secrets(known: &[(&str, Knowledge)]) -> Secrets {
+    let known = known.iter().map(|(name, what)| (ObjectKey::new("kube-system", *name), what.clone()));
+    Secrets { namespace: "kube-system".into(), known: known.collect(), complete: false }
+}
+
+fn present(key: &str, value: &[u8]) -> Knowledge {
+    let values = std::collections::BTreeMap::from([(key.into(), Some(value.into()))]);
+    Knowledge::Present(std::sync::Arc::new(crate::cluster::secret::Secret::new(values)))
+}
+
+#[test]
+fn a_secret_gives_the_password_and_without_one_nobody_is_dialled() {
+    let yaml = "
+- {remoteip: 192.0.2.1, remoteasn: 65001, passwordSecret: {name: tor}}
+- {remoteip: 192.0.2.2, remoteasn: 65002, passwordSecret: {name: tor, key: second, namespace: kube-system}}
+- {remoteip: 192.0.2.3, remoteasn: 65003}
+";
+    let node = fixture::node(1, &[("peers", yaml)]);
+    assert_eq!(super::secrets(&node, "kube-system"), BTreeSet::from([ObjectKey::new("kube-system", "tor")]));
+    // Before the first answer nothing is told; then what is missing is.
+    let open = "192.0.2.3:179 AS65003";
+    let read = |secrets: &Secrets, last: &[ExternalPeer]| read_with(&[("peers", yaml)], secrets, last);
+    assert_eq!(read(&secrets(&[]), &[]), (vec![open.to_owned()], vec![]));
+    let (peers, told) = read(&secrets(&[("tor", Knowledge::Missing)]), &[]);
+    assert_eq!(peers, [open]);
+    assert!(
+        told[0].contains(
+            "no password for 192.0.2.1, which is not dialled without one: there is no Secret kube-system/tor"
+        ),
+        "{told:?}"
+    );
+    assert_eq!(told.len(), 2);
+    let (_, told) = read(&secrets(&[("tor", Knowledge::Unreadable("forbidden".into()))]), &[]);
+    assert!(told[1].ends_with("Secret kube-system/tor cannot be read: forbidden"), "{told:?}");
+    // Files end in a newline.
+    let there = secrets(&[("tor", present("password", b"hunter2\n"))]);
+    let (peers, told) = annotated(&node, &there, &[]);
+    assert_eq!(peers[0].password, Some(Password::new(b"hunter2").unwrap()));
+    assert_eq!(peers.len(), 2);
+    assert_eq!(told.len(), 1);
+    assert!(
+        told[0].message.ends_with("Secret kube-system/tor: it has no key second, only [password]"),
+        "{told:?}"
+    );
+    assert_eq!(told[0].reason, "PasswordMissing");
+    assert!(!format!("{peers:?}{told:?}").contains("hunter2"));
+    // What was known stays in use, whatever becomes of the Secret or of the list.
+    for gone in [Knowledge::Missing, Knowledge::Unreadable("forbidden".into()), present("password", b"")] {
+        let (after, told) = annotated(&node, &secrets(&[("tor", gone)]), &peers);
+        assert_eq!(after[0], peers[0]);
+        assert!(told[0].message.contains("which keeps the password it had"), "{told:?}");
+    }
+    assert_eq!(annotated(&node, &secrets(&[]), &peers).0[0], peers[0]);
+    let broken = fixture::node(1, &[("peers", "[")]);
+    let changed = secrets(&[("tor", present("password", b"other"))]);
+    assert_eq!(annotated(&broken, &changed, &peers).0[0].password, Some(Password::new(b"other").unwrap()));
+}
+
+#[test]
+fn a_reference_is_whole_and_to_the_own_namespace() {
+    for (secret, words) in [
+        ("tor", "passwordSecret: write {name: NAME}"),
+        ("{key: password}", "passwordSecret: it has no name"),
+        ("{name: 7}", "name is no text; put it in quotes"),
+        ("{name: tor, namespace: shop}", "namespace \"shop\": Secrets are read in \"kube-system\" only"),
+        ("{name: tor}, password: c2VjcmV0", "it has both password and passwordSecret"),
+    ] {
+        let list = format!("[{{remoteip: 192.0.2.1, remoteasn: 65001, passwordSecret: {secret}}}]");
+        let (peers, told) = read_with(&[("peers", &list)], &secrets(&[]), &[]);
+        assert_eq!(peers, Vec::<String>::new(), "{secret}");
+        assert!(told[0].contains(words), "{secret}: {told:?}");
     }
 }

@@ -15,7 +15,7 @@ fn rows(settings: &Settings, nodes: &[Node]) -> (Vec<String>, Vec<String>) {
     let (identity, problems) = identify(settings, own, &Addresses::new());
     let mut problems: Vec<String> = problems.into_iter().map(|problem| problem.message).collect();
     let Some(identity) = identity else { return (Vec::new(), problems) };
-    let (external, told) = external(settings, own, None, &[]);
+    let (external, told) = external(settings, own, None, &Secrets::default(), &[]);
     problems.extend(told.into_iter().map(|problem| problem.message));
     let wishes = wishes(own, &Default::default()).0;
     let policies = policies(settings, &wishes, false, None);
@@ -257,7 +257,7 @@ fn a_passwords_file_belongs_to_the_flags() {
         vec![fixture::external("192.0.2.1", 65001), fixture::external("192.0.2.2", 65002)];
     let node = fixture::node(1, &[]);
     let signed = |secrets: Option<Result<Vec<Option<Password>>, String>>, last: &[ExternalPeer]| {
-        let (peers, problems) = external(&settings, &node, secrets.as_ref(), last);
+        let (peers, problems) = external(&settings, &node, secrets.as_ref(), &Secrets::default(), last);
         (peers.iter().map(|peer| peer.password.is_some()).collect::<Vec<_>>(), problems)
     };
     let secret = Some(Password::new(b"secret").unwrap());
