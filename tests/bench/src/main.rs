@@ -7,6 +7,7 @@ mod policies;
 mod pure;
 mod report;
 mod routers;
+mod sessions;
 mod shape;
 mod sides;
 mod tables;
@@ -46,7 +47,7 @@ enum What {
         #[arg(long, value_delimiter = ',', default_value = "10000,100000,500000")]
         routes: Vec<u32>,
         /// What to measure.
-        #[arg(long, value_enum, value_delimiter = ',', default_value = "services,policies,routers")]
+        #[arg(long, value_enum, value_delimiter = ',', default_value = "services,policies,routers,sessions")]
         parts: Vec<Part>,
         /// Sizes 100 and 1,000 and three runs, no variants.
         #[arg(long)]
@@ -101,6 +102,24 @@ enum What {
         #[arg(long)]
         senders: u32,
     },
+    /// One start of a speaker beside a router that waits for it.
+    SessionStart {
+        /// Who starts.
+        #[arg(long, value_enum)]
+        starter: routers::Make,
+        /// Who waits.
+        #[arg(long, value_enum)]
+        receiver: routers::Make,
+        /// The ferroute binary.
+        #[arg(long)]
+        program: PathBuf,
+    },
+    /// Changes of one Service, to the UPDATEs they cause.
+    ServiceChange {
+        /// The ferroute binary.
+        #[arg(long)]
+        program: PathBuf,
+    },
     /// One run of the floor.
     Floor {
         /// Where the script is.
@@ -140,6 +159,8 @@ enum Part {
     Policies,
     /// The BGP speaker beside other routers.
     Routers,
+    /// The daemon's sessions beside those of other routers.
+    Sessions,
 }
 
 fn main() -> Result<()> {
@@ -163,6 +184,9 @@ fn main() -> Result<()> {
             if parts.contains(&Part::Routers) {
                 router_tables(&mut report, &routes, runs, quick)?;
             }
+            if parts.contains(&Part::Sessions) {
+                session_tables(&mut report, runs, &program)?;
+            }
             if let Some(path) = json {
                 std::fs::write(&path, serde_json::to_string_pretty(&report)?)
                     .with_context(|| format!("cannot write {}", path.display()))?;
@@ -175,6 +199,10 @@ fn main() -> Result<()> {
         What::Packets { isolated } => print(&policies::packets(isolated)?),
         What::Router { make, load } => print(&routers::measure(make, load)?),
         What::Speak { senders } => routers::speak(senders),
+        What::SessionStart { starter, receiver, program } => {
+            print(&sessions::start(starter, receiver, &program)?)
+        }
+        What::ServiceChange { program } => print(&sessions::change(&program)?),
         What::Floor { folder, verify } => print(&sides::floor(&folder, verify)?),
         What::Pure { shape } => pure::pure(&shape),
         What::Commands { folder } => print(&sides::commands(&folder)?),
@@ -259,6 +287,32 @@ fn router_tables(report: &mut Report, routes: &[u32], runs: usize, quick: bool) 
         print!("{}", figures.table());
         report.routers.push(figures);
     }
+    Ok(())
+}
+
+/// Starts of every speaker beside every router, and changes of a Service.
+fn session_tables(report: &mut Report, runs: usize, program: &Path) -> Result<()> {
+    eprintln!("bench: sessions");
+    let program = program.display().to_string();
+    let mut figures = sessions::Figures::new();
+    for _ in 0..runs {
+        for (starter, receiver, runs, failure) in &mut figures.starts {
+            if failure.is_some() {
+                continue;
+            }
+            let words = ["session-start", "--starter", starter.word(), "--receiver", receiver.word()];
+            let words = [&words[..], &["--program", &program]].concat();
+            match child(&words.into_iter().map(str::to_owned).collect::<Vec<_>>()) {
+                Ok(run) => runs.push(run),
+                // What others cannot do is a figure too; what ferroute cannot is an error.
+                Err(error) if *starter != routers::Make::Ferroute => *failure = Some(format!("{error:#}")),
+                Err(error) => return Err(error),
+            }
+        }
+        figures.changes.push(child(&["service-change", "--program", &program].map(str::to_owned))?);
+    }
+    print!("{}", figures.table());
+    report.sessions = Some(figures);
     Ok(())
 }
 

@@ -35,6 +35,8 @@ pub struct Report {
     pub packets: Vec<Vec<crate::policies::Packets>>,
     /// Routers, load by load.
     pub routers: Vec<crate::routers::Figures>,
+    /// Starts and changes.
+    pub sessions: Option<crate::sessions::Figures>,
 }
 
 /// Rows in their order.
@@ -69,6 +71,7 @@ impl Report {
             policies: Vec::new(),
             packets: Vec::new(),
             routers: Vec::new(),
+            sessions: None,
         })
     }
 

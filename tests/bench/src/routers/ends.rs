@@ -108,19 +108,22 @@ impl Receiver {
 
 /// The /24s that an UPDATE announces, as their first three octets (RFC 4271 section 4.3).
 fn announced(frame: &[u8]) -> impl Iterator<Item = u32> {
-    let routes = || {
-        let body = frame.get(19..).filter(|_| frame[18] == UPDATE)?;
-        let (length, rest) = body.split_first_chunk()?;
-        let rest = rest.get(usize::from(u16::from_be_bytes(*length))..)?;
-        let (length, rest) = rest.split_first_chunk()?;
-        rest.get(usize::from(u16::from_be_bytes(*length))..)
-    };
-    let mut rest = routes().unwrap_or_default();
+    let mut rest = routes(frame).unwrap_or_default().1;
     std::iter::from_fn(move || {
         let (&[_, a, b, c], after) = rest.split_first_chunk()?;
         rest = after;
         Some(u32::from_be_bytes([0, a, b, c]))
     })
+}
+
+/// What an UPDATE withdraws and what it announces, as it stands there (RFC 4271 section 4.3); `None` of other
+/// messages.
+pub fn routes(frame: &[u8]) -> Option<(&[u8], &[u8])> {
+    let body = frame.get(19..).filter(|_| frame[18] == UPDATE)?;
+    let (length, rest) = body.split_first_chunk()?;
+    let (withdrawn, rest) = rest.split_at_checked(usize::from(u16::from_be_bytes(*length)))?;
+    let (length, rest) = rest.split_first_chunk()?;
+    Some((withdrawn, rest.get(usize::from(u16::from_be_bytes(*length))..)?))
 }
 
 fn codec() -> Codec {
@@ -157,7 +160,11 @@ fn prefix(number: u32) -> Result<IpNet> {
 }
 
 /// Dials the router from an end's address until a session stands.
-fn establish(outside: &Netns, index: u32, deadline: Instant) -> Result<(TcpStream, FrameReader)> {
+///
+/// # Errors
+///
+/// Why there is none at the deadline.
+pub fn establish(outside: &Netns, index: u32, deadline: Instant) -> Result<(TcpStream, FrameReader)> {
     loop {
         match attempt(outside, index) {
             Ok(session) => return Ok(session),

@@ -13,6 +13,7 @@ use clap::Args;
 use ferroute_kit::Netns;
 use serde::{Deserialize, Serialize};
 
+pub use ends::{establish, routes};
 pub use make::{Make, speak};
 
 use crate::report::{ms, spread};
@@ -20,13 +21,13 @@ use ends::{Receiver, Sender};
 use make::Router;
 
 /// AS of the router that is measured.
-const ROUTER_ASN: u32 = 64_500;
+pub const ROUTER_ASN: u32 = 64_500;
 /// Its address.
-const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
+pub const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
 /// Longest time for a run; keepalives are not sent meanwhile.
 const PATIENCE: Duration = Duration::from_secs(200);
 /// Seconds that sessions hold without keepalives.
-const HOLD_TIME: u16 = 240;
+pub const HOLD_TIME: u16 = 240;
 
 /// Who is at the ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Args, Serialize, Deserialize)]
@@ -53,12 +54,12 @@ pub struct Run {
 }
 
 /// The `index`th end's address: the receiver is 0.
-fn end_address(index: u32) -> Ipv4Addr {
-    Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 9, 1, 0)) + index)
+pub const fn end_address(index: u32) -> Ipv4Addr {
+    Ipv4Addr::from_bits(Ipv4Addr::new(10, 9, 1, 0).to_bits() + index)
 }
 
 /// The `index`th end's AS.
-fn end_asn(index: u32) -> u32 {
+pub const fn end_asn(index: u32) -> u32 {
     64_600 + index
 }
 
