@@ -30,6 +30,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::subscriber::NoSubscriber;
 
 use crate::admin::{self, Desk};
+use crate::aws;
 use crate::capabilities;
 use crate::cluster::{self, Access, Cluster, Interests};
 use crate::cni::keeper::Keeper;
@@ -111,6 +112,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the task runtime")?;
+    let checks_source;
     let (proxy, netpol, network, routes) = {
         // The API client and the health check node port servers belong to the runtime.
         let _inside = runtime.enter();
@@ -131,6 +133,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
                 anyhow::Ok((room, view, period))
             })
             .transpose()?;
+        checks_source = network.as_ref().is_some_and(|settings| settings.disable_source_check);
         let network = network
             .map(|settings| {
                 let period = settings.audit_period;
@@ -228,6 +231,10 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
                 Ok(())
             };
             rooms.thread("routes", body).context("cannot start the route room's thread")?;
+        }
+        if checks_source {
+            let (cluster, reporter) = (cluster.clone(), reporter.room("aws"));
+            tokio::spawn(aws::run(cluster, desk.node.clone(), reporter, aws::Environment::of_process()));
         }
         let wanted: Vec<_> = interests.kinds.iter().copied().collect();
         let watched = cluster.clone();

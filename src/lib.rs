@@ -18,6 +18,7 @@
 //! `desired` and `diff` are pure functions over plain data; only handles touch the kernel.
 
 pub mod admin;
+pub mod aws;
 pub mod capabilities;
 pub mod chains;
 pub mod cleanup;

@@ -157,6 +157,7 @@ impl Scene {
             auto_mtu: true,
             cni_file: None,
             addresses: Methods::default(),
+            disable_source_check: false,
         }
     }
 }

@@ -18,7 +18,7 @@ pub mod secret;
 pub mod service;
 pub mod source;
 mod token;
-mod trouble;
+pub(crate) mod trouble;
 mod unreadable;
 mod watch;
 pub mod wire;

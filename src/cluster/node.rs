@@ -22,6 +22,8 @@ pub struct Node {
     /// Pod CIDRs: annotation `kube-router.io/pod-cidrs`, else `pod-cidr`, else `spec.podCIDRs`,
     /// else `spec.podCIDR`.
     pub pod_cidrs: Vec<IpNet>,
+    /// `spec.providerID`: whose machine it is, and which.
+    pub provider_id: Option<Arc<str>>,
     /// Label `topology.kubernetes.io/zone`.
     pub zone: Option<Arc<str>>,
     /// Label `node.kubernetes.io/exclude-from-external-load-balancers` present.

@@ -481,7 +481,12 @@ shape! {
 }
 shape! {
     /// `spec` of a Node.
-    NodeSpec { pod_cidr: String = "podCIDR", pod_cidrs: Vec<String> = "podCIDRs", taints: Vec<Taint> = "taints", }
+    NodeSpec {
+        pod_cidr: String = "podCIDR",
+        pod_cidrs: Vec<String> = "podCIDRs",
+        provider_id: String = "providerID",
+        taints: Vec<Taint> = "taints",
+    }
 }
 shape! {
     /// One of `spec.taints` of a Node.

@@ -218,7 +218,7 @@ pub(super) const FLAGS: &[Flag] = &[
     flag(Routes, "cluster-asn", U32, "0",
         "ASN of the node mesh; 0 means 64512"),
     flag(Routes, "disable-source-dest-check", Switch, "true",
-        "No effect: no cloud's interface is called; on AWS switch the instances' source and destination check off"),
+        "On AWS, switch the source and destination check of this node's own instance off, in the background"),
     flag(Routes, "enable-bfd", Switch, "false",
         "BFD with the peers of the command line").asking(),
     flag(Routes, "enable-cni", Switch, "true",

@@ -232,6 +232,7 @@ mod tests {
             auto_mtu: true,
             cni_file: None,
             addresses: Methods::default(),
+            disable_source_check: false,
         }
     }
 

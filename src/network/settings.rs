@@ -42,4 +42,6 @@ pub struct Settings {
     pub cni_file: Option<PathBuf>,
     /// How node addresses are chosen.
     pub addresses: Methods,
+    /// On AWS, let this node's instance send and take packets of pods (`--disable-source-dest-check`).
+    pub disable_source_check: bool,
 }

@@ -72,6 +72,7 @@ pub fn node(item: Item<NodeObject>) -> Decoded<(Node, Vec<Problem>)> {
         internal_ips,
         external_ips,
         pod_cidrs,
+        provider_id: given(&spec.provider_id).map(Into::into),
         zone: metadata.labels.get(ZONE).and_then(|zone| given(zone)).map(Into::into),
         excluded_from_external_lb: metadata.labels.contains_key(EXCLUDE),
         draining: !metadata.deletion_timestamp.is_empty()

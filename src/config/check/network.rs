@@ -29,6 +29,7 @@ impl Check<'_> {
             auto_mtu: self.switch("auto-mtu"),
             cni_file: self.cni_file(environment),
             addresses: self.methods(),
+            disable_source_check: self.switch("disable-source-dest-check"),
         };
         (self.mistakes.len() == before).then_some(settings)
     }

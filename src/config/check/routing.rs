@@ -23,13 +23,6 @@ impl Check<'_> {
             let names = names.iter().filter(|name| self.given.is_explicit(name));
             names.map(|name| format!("--{name}")).collect::<Vec<_>>().join(" ")
         };
-        if self.given.is_explicit("disable-source-dest-check") && self.switch("disable-source-dest-check") {
-            notices.push(
-                "--disable-source-dest-check=true has no effect: no cloud's interface is called; on AWS switch the check \
-                 of the instances off, or let tunnels reach all nodes (--overlay-type=full)"
-                    .to_owned(),
-            );
-        }
         let admin = written(&["gobgp-admin-address", "gobgp-admin-port"]);
         if !admin.is_empty() {
             notices.push(format!(
