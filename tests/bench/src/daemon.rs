@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 use crate::shape::{NODE, RANGE, Shape};
 use crate::sides::enter_namespace;
 
+/// How long an idle daemon is watched: its time is counted in ticks of 10 ms, a thirtieth of a percent of this.
+pub const IDLE: Duration = Duration::from_secs(30);
+
 /// What one run of the daemon took.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Daemon {
@@ -24,7 +27,7 @@ pub struct Daemon {
     pub resident: f64,
     /// Highest resident memory, in MiB.
     pub peak: f64,
-    /// CPU seconds in the next five idle seconds.
+    /// CPU seconds in [`IDLE`], some time after that.
     pub idle_cpu: f64,
 }
 
@@ -80,7 +83,7 @@ pub fn daemon(shape: &Shape, program: &Path) -> Result<Daemon> {
     let (user, system) = cpu(process)?;
     std::thread::sleep(Duration::from_secs(5));
     let (idle_user, idle_system) = cpu(process)?;
-    std::thread::sleep(Duration::from_secs(5));
+    std::thread::sleep(IDLE);
     let (user_later, system_later) = cpu(process)?;
     Ok(Daemon {
         ready_ms,

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, IDLE};
 use crate::shape::Shape;
 use crate::sides::{Sample, Samples};
 
@@ -129,13 +129,14 @@ fn table(shape: &Shape, figures: &Figures) -> String {
         let _ = writeln!(
             out,
             "daemon with API server: ready {} ms after exec, CPU {:.2} s user + {:.2} s system by then, \
-             resident {:.1} MiB, peak {:.1} MiB, idle {:.2} s CPU in 5 s",
+             resident {:.1} MiB, peak {:.1} MiB, idle {:.2} s CPU in {} s",
             ms(of(|d| d.ready_ms)),
             of(|d| d.cpu_user),
             of(|d| d.cpu_system),
             of(|d| d.resident),
             of(|d| d.peak),
             of(|d| d.idle_cpu),
+            IDLE.as_secs(),
         );
     }
     out
