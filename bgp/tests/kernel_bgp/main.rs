@@ -6,6 +6,7 @@
 mod bird;
 mod interop;
 mod paths;
+mod restarts;
 mod router;
 mod sessions;
 
@@ -83,6 +84,19 @@ impl Host {
     fn link_local(&self) -> PeerKey {
         let address = format!("fe80::{}", self.number).parse().unwrap();
         PeerKey { address, interface: Some("eth0".into()) }
+    }
+
+    /// Lets nothing out of this host any more (`-A`), or again (`-D`): the link stays up.
+    fn silence(&self, what: &str) {
+        self.filter(what, &[]);
+    }
+
+    /// The same for the packets that an iptables match names.
+    fn filter(&self, what: &str, matching: &[&str]) {
+        for program in ["iptables", "ip6tables"] {
+            let rule = [&["--wait", what, "OUTPUT", "-o", "eth0"], matching, &["-j", "DROP"]].concat();
+            self.netns.exec(program, &rule).unwrap();
+        }
     }
 
     fn asn(&self) -> Asn {

@@ -35,13 +35,6 @@ fn ends(node: &Node, key: impl Into<PeerKey>, since: Instant) -> Duration {
     since.elapsed()
 }
 
-/// Lets nothing out of a host any more (`-A`), or again (`-D`): the link stays up.
-fn silence(host: &Host, what: &str) {
-    for program in ["iptables", "ip6tables"] {
-        host.netns.exec(program, &["--wait", what, "OUTPUT", "-o", "eth0", "-j", "DROP"]).unwrap();
-    }
-}
-
 /// Over one hop of both families and a link-local address, and over several.
 #[test]
 fn a_cut_wire_ends_the_session_long_before_the_hold_time() {
@@ -67,12 +60,12 @@ fn a_cut_wire_ends_the_session_long_before_the_hold_time() {
         path_is(&right, from.clone(), PathState::Up);
         let cut = Instant::now();
         // The far end sees a link that is up and silent.
-        silence(&a, "-A");
+        a.silence("-A");
         let taken = ends(&right, from.clone(), cut);
         println!("{from} {hops:?}: down after {} ms", taken.as_millis());
         right.error(from.clone(), "BFD session down");
         assert!(taken < Duration::from_secs(2), "{taken:?}");
-        silence(&a, "-D");
+        a.silence("-D");
         right.established(from);
         left.peers(vec![]);
         right.peers(vec![]);
@@ -125,13 +118,13 @@ fn bird_is_watched_and_watches() {
     let learned = ["198.51.100.0/24 via 10.9.0.2", "203.0.113.7/32 via 10.9.0.2"];
     // Silent towards BIRD, which says so; then BIRD is silent, and we notice.
     for (host, error) in [(&a, "NOTIFICATION"), (&b, "BFD session down: nothing heard")] {
-        silence(host, "-A");
+        host.silence("-A");
         node.error(b.v4(), error);
         assert_eq!(node.learned(AfiSafi::Ipv4Unicast), [""; 0]);
         if error == "NOTIFICATION" {
             bird.shows("show protocols all v4", "Error: BFD session down");
         }
-        silence(host, "-D");
+        host.silence("-D");
         node.established(b.v4());
         path_is(&node, b.v4(), PathState::Up);
         node.learns(AfiSafi::Ipv4Unicast, &learned);

@@ -26,6 +26,8 @@ pub struct Neighbor {
     pub add_paths: bool,
     /// Its routes are reflected.
     pub client: bool,
+    /// IPv6 next hops for IPv4 routes (RFC 8950).
+    pub v6_next_hops: bool,
 }
 
 /// A router that runs.
@@ -38,17 +40,57 @@ pub struct Router {
 
 impl Router {
     pub fn start(make: Make, host: &Host, asn: u32, neighbors: &[Neighbor]) -> Self {
+        Self::originating(make, host, asn, neighbors, &OWN)
+    }
+
+    pub fn originating(make: Make, host: &Host, asn: u32, neighbors: &[Neighbor], own: &[&str]) -> Self {
+        Self::start_with(make, host, asn, neighbors, own, false)
+    }
+
+    /// Kills it: the kernel closes its sockets, and nobody says a word.
+    pub fn kill(self) {
+        drop(self);
+    }
+
+    /// Starts it after a former one was killed, whose routes its kernel still has: it says so to its
+    /// neighbours (RFC 4724). `own` is what it still originates.
+    pub fn restart(make: Make, host: &Host, asn: u32, neighbors: &[Neighbor], own: &[&str]) -> Self {
+        // GoBGP learns its own routes by its API, and without them it would say that it has none.
+        host.silence("-A");
+        let router = Self::start_with(make, host, asn, neighbors, own, true);
+        host.silence("-D");
+        router
+    }
+
+    fn start_with(
+        make: Make,
+        host: &Host,
+        asn: u32,
+        neighbors: &[Neighbor],
+        own: &[&str],
+        restarted: bool,
+    ) -> Self {
         let directory = std::env::temp_dir().join(format!("ferroute-router-{}", host.netns.name()));
         fs::create_dir_all(&directory).unwrap();
         let id = format!("10.9.0.{}", host.number);
         let config = match make {
-            Make::Bird => bird(&id, asn, neighbors),
-            Make::Frr => frr(&id, asn, neighbors),
+            Make::Bird => bird(&id, asn, neighbors, own),
+            Make::Frr => frr(&id, asn, neighbors, own),
             Make::Gobgp => gobgp(&id, asn, neighbors),
         };
         fs::write(directory.join(CONFIG), config).unwrap();
         host.netns.sh("ip link set lo up").unwrap();
         let mut command = make.command(&directory);
+        match make {
+            Make::Bird if restarted => {
+                command.arg("-R");
+            }
+            Make::Gobgp if restarted => {
+                command.arg("-r");
+            }
+            // FRR preserves what it is configured to preserve.
+            _ => {}
+        }
         let process = host
             .netns
             .run(|| command.spawn())
@@ -56,7 +98,8 @@ impl Router {
         let router = Self { make, process, directory, netns: host.netns.clone() };
         eventually("the router", PATIENCE, || router.table(AfiSafi::Ipv4Unicast).map(|_| ()));
         if make == Make::Gobgp {
-            for (family, prefix) in ["ipv4", "ipv6"].into_iter().zip(OWN) {
+            for prefix in own {
+                let family = if prefix.contains(':') { "ipv6" } else { "ipv4" };
                 router.ask(&format!("global rib add -a {family} {prefix}")).unwrap();
             }
         }
@@ -132,6 +175,18 @@ impl Router {
         });
     }
 
+    /// Asks a neighbour for its IPv4 routes again (RFC 2918); `false` of GoBGP, which keeps what it heard and
+    /// never asks.
+    pub fn asks_again(&self, neighbor: IpAddr) -> bool {
+        let question = match self.make {
+            Make::Bird => "reload in peer0".to_owned(),
+            Make::Frr => format!("clear bgp ipv4 unicast {neighbor} soft in"),
+            Make::Gobgp => return false,
+        };
+        self.ask(&question).unwrap();
+        true
+    }
+
     /// How this make writes a community.
     pub fn community(&self, high: u16, low: u16) -> String {
         match self.make {
@@ -149,14 +204,12 @@ impl Drop for Router {
     }
 }
 
-fn bird(id: &str, asn: u32, neighbors: &[Neighbor]) -> String {
-    let mut text = format!(
-        "router id {id};
-         protocol device {{ }}
-         protocol static {{ ipv4; route {} blackhole; }}
-         protocol static {{ ipv6; route {} blackhole; }}\n",
-        OWN[0], OWN[1]
-    );
+fn bird(id: &str, asn: u32, neighbors: &[Neighbor], own: &[&str]) -> String {
+    let mut text = format!("router id {id}; protocol device {{ }}\n");
+    for prefix in own {
+        let family = if prefix.contains(':') { "ipv6" } else { "ipv4" };
+        let _ = writeln!(text, "protocol static {{ {family}; route {prefix} blackhole; }}");
+    }
     for (index, neighbor) in neighbors.iter().enumerate() {
         let mut extra = String::new();
         if let Some(password) = neighbor.password {
@@ -170,6 +223,7 @@ fn bird(id: &str, asn: u32, neighbors: &[Neighbor]) -> String {
         if neighbor.client {
             extra.push_str("rr client; ");
         }
+        let v6_next_hops = if neighbor.v6_next_hops { "extended next hop on;" } else { "" };
         let add_paths = if neighbor.add_paths { "add paths on;" } else { "" };
         let address = neighbor.address.unwrap();
         let _ = writeln!(
@@ -177,7 +231,7 @@ fn bird(id: &str, asn: u32, neighbors: &[Neighbor]) -> String {
             "protocol bgp peer{index} {{
                local as {asn}; neighbor {address} as {};
                connect delay time 1; connect retry time 1; error wait time 1, 2; graceful restart on; {extra}
-               ipv4 {{ import all; export all; {add_paths} extended next hop on; }};
+               ipv4 {{ import all; export all; {add_paths} {v6_next_hops} }};
                ipv6 {{ import all; export all; {add_paths} }};
              }}",
             neighbor.asn
@@ -186,7 +240,7 @@ fn bird(id: &str, asn: u32, neighbors: &[Neighbor]) -> String {
     text
 }
 
-fn frr(id: &str, asn: u32, neighbors: &[Neighbor]) -> String {
+fn frr(id: &str, asn: u32, neighbors: &[Neighbor], own: &[&str]) -> String {
     let mut text = format!(
         "frr defaults traditional
 router bgp {asn}
@@ -196,6 +250,7 @@ router bgp {asn}
  no bgp network import-check
  bgp graceful-restart
  bgp graceful-restart restart-time 60
+ bgp graceful-restart preserve-fw-state
 "
     );
     for neighbor in neighbors {
@@ -208,9 +263,15 @@ router bgp {asn}
         if neighbor.security {
             let _ = writeln!(text, " neighbor {address} ttl-security hops 1");
         }
+        if neighbor.v6_next_hops {
+            let _ = writeln!(text, " neighbor {address} capability extended-nexthop");
+        }
     }
-    for (family, own) in ["ipv4", "ipv6"].into_iter().zip(OWN) {
-        let _ = writeln!(text, " address-family {family} unicast\n  network {own}");
+    for family in ["ipv4", "ipv6"] {
+        let _ = writeln!(text, " address-family {family} unicast");
+        for prefix in own.iter().filter(|prefix| prefix.contains(':') == (family == "ipv6")) {
+            let _ = writeln!(text, "  network {prefix}");
+        }
         for neighbor in neighbors {
             let address = neighbor.address.unwrap();
             let _ = writeln!(text, "  neighbor {address} activate");
