@@ -4,6 +4,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on fails")]
 
 mod bird;
+#[path = "../corpus/mod.rs"]
+#[allow(dead_code, reason = "tests of the codec use more of it")]
+mod corpus;
+mod differential;
 mod interop;
 mod paths;
 mod restarts;
