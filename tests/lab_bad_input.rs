@@ -94,6 +94,7 @@ fn a_wrong_place_to_read_from_ends_the_start_before_the_kernel_is_touched() {
         (format!("--kubeconfig={}", text(&broken)), &["kubeconfig", "broken"]),
         (format!("--kubeconfig={}", text(&hollow)), &["kubeconfig", "hollow"]),
         ("--master=nonsense://".to_owned(), &["master"]),
+        ("--bgp-holdtime=1s".to_owned(), &["--bgp-holdtime=1s", "between 3s and"]),
     ] {
         let (status, said) = run(node, &[&arguments, "--admin-socket=/run/ferroute-bad/a.sock"]);
         println!("{arguments}: {status:?}: {said}");

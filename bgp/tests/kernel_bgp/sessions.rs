@@ -1,6 +1,10 @@
 //! What only a kernel can tell: signatures, scopes, hops.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
 use ferroute_bgp::fsm::Initiative;
+use ferroute_bgp::message::{Codec, FrameReader, Message, Open};
 use ferroute_bgp::transport::{Password, Reach};
 use ferroute_kit::serial;
 
@@ -135,4 +139,58 @@ fn a_wire_that_is_cut_is_noticed_by_the_hold_time() {
     right.error(a.v4(), "nothing heard from the peer for 3 s (hold time)");
     a.netns.sh("ip link set eth0 up").unwrap();
     left.established(b.v4());
+}
+
+/// What a peer by hand hears of an OPEN until the other side closes.
+fn answer_to(open: &Open, from: &Host, to: IpAddr) -> Vec<Message> {
+    let mut stream = from.netns.run(|| TcpStream::connect((to, 179))).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (mut bytes, codec) = (Vec::new(), Codec::initial());
+    Message::Open(open.clone()).encode(&codec, &mut bytes).unwrap();
+    stream.write_all(&bytes).unwrap();
+    let (mut heard, mut reader) = (Vec::new(), FrameReader::new());
+    loop {
+        while let Some(frame) = reader.next_frame(&codec).unwrap() {
+            heard.push(Message::decode(frame, &codec).unwrap().message);
+        }
+        match stream.read(reader.space()).unwrap() {
+            0 => return heard,
+            count => reader.filled(count),
+        }
+    }
+}
+
+/// A hold time of one or two seconds is refused and said (RFC 4271 section 6.2), three are taken, and the
+/// session with another peer does not notice.
+#[test]
+fn a_hold_time_that_is_too_short_is_refused() {
+    let _serial = serial();
+    let (a, r, c) = star("ht");
+    let (node, other) = (r.start(r.settings()), a.start(a.settings()));
+    let by_hand = PeerConfig { initiative: Initiative::Passive, ..c.as_peer(c.v4()) };
+    node.peers(vec![a.as_peer(a.v4()), by_hand]);
+    other.peers(vec![r.as_peer(r.v4())]);
+    other.advertises(&["192.0.2.0/24"]);
+    node.learns(AfiSafi::Ipv4Unicast, &["192.0.2.0/24 via 10.9.0.1"]);
+    for (hold_time, numbers) in [(1, (2, 6)), (2, (2, 6)), (3, (4, 0))] {
+        let open = Open {
+            asn: c.asn(),
+            four_octet_as: true,
+            hold_time,
+            router_id: RouterId(Ipv4Addr::new(10, 9, 0, 3)),
+            capabilities: vec![],
+        };
+        // After an error the node takes a breath, in which it takes no connection of this peer.
+        let heard = eventually("an answer", PATIENCE, || match answer_to(&open, &c, r.v4()) {
+            heard if heard.is_empty() => Err("none".to_owned()),
+            heard => Ok(heard),
+        });
+        let Some(Message::Notification(notification)) = heard.last() else { panic!("{heard:?}") };
+        assert_eq!(notification.error.numbers(), numbers, "{heard:?}");
+        if hold_time < 3 {
+            node.error(c.v4(), &format!("hold time of {hold_time} s"));
+        }
+    }
+    node.never_flapped([a.v4()]);
+    assert_eq!(node.learned(AfiSafi::Ipv4Unicast).len(), 1);
 }
