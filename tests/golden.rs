@@ -35,6 +35,7 @@ fn settings() -> Settings {
         strict_external_ips: true,
         external_ip_ranges: vec!["203.0.113.0/25".parse().unwrap()],
         load_balancer_ranges: vec!["203.0.113.128/25".parse().unwrap(), "2001:db8:aa::/64".parse().unwrap()],
+        whole_ranges: Vec::new(),
         cluster_ip_ranges: vec!["10.96.0.0/16".parse().unwrap(), "fd00:96::/112".parse().unwrap()],
         cluster_ip_ranges_given: true,
         node_port_range: 30000..=32767,

@@ -260,6 +260,45 @@ fn what_is_wrong_is_told_and_touches_nobody_else() {
     }
 }
 
+#[test]
+fn a_range_is_told_whole_while_something_in_it_is_served() {
+    let _serial = serial();
+    let mut lab = Lab::without_daemons(Cluster::builder().nodes(2).pods_per_node(1));
+    let bird = bird_at_the_router(&lab.cluster);
+    let pods: Vec<Endpoint> = lab.cluster.pods.iter().map(Endpoint::of).collect();
+    let external = |ips: &[&str], policy: &str| json!({"externalIPs": ips, "externalTrafficPolicy": policy});
+    lab.put_service(&service("everywhere", 10, external(&["203.0.113.10", "2001:db8:7::10"], "Cluster")));
+    lab.put_slices("everywhere", &pods[..1]);
+    lab.put_service(&service("here", 11, external(&["203.0.113.11"], "Local")));
+    lab.put_slices("here", &pods[1..]);
+    let ranges = "--service-external-ip-range=203.0.113.0/24,2001:db8:7::/64";
+    let more = [ranges, "--advertise-external-ip", "--advertise-ranges"];
+    let flags: Vec<&str> = ROUTER.iter().copied().chain(more).collect();
+    lab.start_daemons_within(PATIENCE, &flags);
+    // Where policy Local needs a way of its own it has one.
+    let own = |number: usize| [format!("10.244.{number}.0/24"), format!("fd00:244:{number}::/64")];
+    let learns = |number: usize, more: &[&str]| {
+        let own = own(number);
+        let all: Vec<&str> = own.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        bird.learns(&format!("n{number}"), &all);
+    };
+    learns(1, &["203.0.113.0/24", "2001:db8:7::/64"]);
+    learns(2, &["203.0.113.0/24", "2001:db8:7::/64", "203.0.113.11/32"]);
+    // What the router sends to an address that nobody has ends here, and does not go back to it.
+    for unused in ["203.0.113.99", "2001:db8:7::99"] {
+        let route = lab.node(1).exec("ip", &["route", "get", unused]).unwrap();
+        assert!(route.starts_with("local "), "{route}");
+    }
+    // Without an endpoint nothing is served, and the family goes that has none left.
+    lab.put_slices("everywhere", &[]);
+    learns(1, &[]);
+    learns(2, &["203.0.113.0/24", "203.0.113.11/32"]);
+    lab.put_slices("everywhere", &pods[..1]);
+    lab.remove_service("here");
+    learns(1, &["203.0.113.0/24", "2001:db8:7::/64"]);
+    learns(2, &["203.0.113.0/24", "2001:db8:7::/64"]);
+}
+
 fn put_password(lab: &Lab, password: &str) {
     let data = base64::engine::general_purpose::STANDARD.encode(password);
     let secret = json!({

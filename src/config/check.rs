@@ -392,6 +392,17 @@ impl Check<'_> {
             period => period.and_then(GoDuration::unsigned),
         };
         let drains = self.switch("ipvs-graceful-termination");
+        let (external_ip_ranges, load_balancer_ranges) =
+            (self.ranges("service-external-ip-range"), self.ranges("loadbalancer-ip-range"));
+        let whole = [
+            ("advertise-external-ip", &external_ip_ranges),
+            ("advertise-loadbalancer-ip", &load_balancer_ranges),
+        ];
+        let whole =
+            whole.into_iter().filter(|(kind, _)| self.switch("advertise-ranges") && self.switch(kind));
+        let mut whole_ranges: Vec<IpNet> = whole.flat_map(|(_, ranges)| ranges.iter().copied()).collect();
+        whole_ranges.sort_unstable();
+        whole_ranges.dedup();
         Settings {
             node_name,
             audit_period: self.period("ipvs-sync-period"),
@@ -402,8 +413,9 @@ impl Check<'_> {
             firewall: self.switch("ipvs-permit-all"),
             excluded_cidrs: self.cidrs("excluded-cidrs"),
             strict_external_ips: self.switch("strict-external-ip-validation"),
-            external_ip_ranges: self.ranges("service-external-ip-range"),
-            load_balancer_ranges: self.ranges("loadbalancer-ip-range"),
+            external_ip_ranges,
+            load_balancer_ranges,
+            whole_ranges,
             cluster_ip_ranges: self.cluster_ip_ranges(),
             cluster_ip_ranges_given: self.given.is_explicit("service-cluster-ip-range"),
             node_port_range: self.node_port_range(),

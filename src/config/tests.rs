@@ -119,6 +119,8 @@ const OTHER_DEFAULTS: &[(&str, &str)] =
 
 /// Flags that kube-router does not have.
 const OURS: &[&str] = &[
+    "advertise-range-specifics",
+    "advertise-ranges",
     "bgp-next-hop-address",
     "bgp-source-address",
     "overlay-address",
@@ -209,6 +211,7 @@ fn defaults_of_the_service_proxy() {
             strict_external_ips: true,
             external_ip_ranges: vec![],
             load_balancer_ranges: vec![],
+            whole_ranges: vec![],
             cluster_ip_ranges: vec!["10.96.0.0/12".parse().unwrap()],
             cluster_ip_ranges_given: false,
             node_port_range: 30000..=32767,
@@ -257,6 +260,7 @@ fn every_flag_of_the_service_proxy_arrives() {
             strict_external_ips: false,
             external_ip_ranges: vec!["198.51.100.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()],
             load_balancer_ranges: vec!["203.0.113.0/24".parse().unwrap()],
+            whole_ranges: vec![],
             cluster_ip_ranges: vec!["10.0.0.0/16".parse().unwrap(), "fd00::/112".parse().unwrap()],
             cluster_ip_ranges_given: true,
             node_port_range: 20000..=20010,
@@ -554,8 +558,14 @@ fn every_flag_of_bgp_arrives() {
 
     let routing = |line: &str| run(&format!("--run-router {line}")).routes.unwrap();
     let plain = routing("");
-    let off =
-        Advertise { cluster_ips: false, external_ips: false, load_balancer_ips: false, pod_cidrs: true };
+    let off = Advertise {
+        cluster_ips: false,
+        external_ips: false,
+        load_balancer_ips: false,
+        pod_cidrs: true,
+        ranges: false,
+        specifics: false,
+    };
     assert_eq!(plain.node_name, Arc::from("worker-1"));
     assert_eq!((plain.advertise, plain.mesh, plain.port), (off, true, 179));
     assert_eq!((plain.cluster_asn, plain.restart), (Some(Asn(64512)), None));
@@ -582,7 +592,14 @@ fn every_flag_of_bgp_arrives() {
          --peer-router-passwords=,c2VjcmV0 --peer-router-passwords-file=/etc/secrets --peer-router-multihop-ttl=3 \
          --routes-sync-period=1m",
     );
-    let on = Advertise { cluster_ips: true, external_ips: true, load_balancer_ips: true, pod_cidrs: false };
+    let on = Advertise {
+        cluster_ips: true,
+        external_ips: true,
+        load_balancer_ips: true,
+        pod_cidrs: false,
+        ranges: false,
+        specifics: false,
+    };
     assert_eq!((all.advertise, all.mesh, all.port), (on, false, 1790));
     assert_eq!(all.restart, Some(Restart { time: 120, deferral: Duration::from_secs(5) }));
     assert_eq!((all.cluster_asn, all.audit_period), (Some(Asn(4_200_000_000)), Duration::from_secs(60)));
@@ -610,6 +627,19 @@ fn every_flag_of_bgp_arrives() {
         }
     );
     assert!(!format!("{all:?}").contains("secret\""), "a secret shows");
+    let ranges =
+        "--advertise-ranges --service-external-ip-range=203.0.113.0/25 --loadbalancer-ip-range=2001:db8::/64";
+    let whole = |more: &str| {
+        let settings = routing(&format!("{ranges} {more}"));
+        let list =
+            settings.services.whole_ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        (list, settings.advertise.ranges, settings.advertise.specifics)
+    };
+    assert_eq!(whole(""), (String::new(), true, false));
+    assert_eq!(whole("--advertise-external-ip"), ("203.0.113.0/25".to_owned(), true, false));
+    let both = "--advertise-external-ip --advertise-loadbalancer-ip --advertise-range-specifics";
+    assert_eq!(whole(both), ("203.0.113.0/25 2001:db8::/64".to_owned(), true, true));
+    assert!(refused("--advertise-range-specifics").1.contains("without --advertise-ranges"));
     assert_eq!(routing("--nodes-full-mesh=false").cluster_asn, None);
     assert_eq!(routing("--router-id=generate").router_id, RouterIdChoice::Generated);
     assert_eq!(routing("--bgp-holdtime=65536s").external.hold_time, 65535);

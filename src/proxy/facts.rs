@@ -35,7 +35,8 @@ pub struct Facts {
     pub other_machines: HashMap<IpAddr, Arc<str>>,
     /// Pod networks of this node: their members are local clients.
     pub pod_cidrs: Vec<IpNet>,
-    /// Service ranges known to be true (given by flag, or ServiceCIDR objects): bound whole.
+    /// Service ranges known to be true (given by flag, or ServiceCIDR objects), and those that are advertised
+    /// whole: bound whole.
     pub bound_ranges: Vec<IpNet>,
     /// Service ranges for refusing external IPs inside them: the bound ones or the default guess.
     pub cluster_ranges: Vec<IpNet>,
@@ -96,6 +97,7 @@ impl Facts {
         // binding it whole would cut real machines off. Its VIPs are bound one by one instead.
         let bound_ranges = known
             .iter()
+            .chain(settings.whole_ranges.iter().filter(|range| !known.contains(range)))
             .filter(|range| {
                 range.prefix_len() > 0
                     && !local_addresses

@@ -33,6 +33,9 @@ pub struct Settings {
     pub external_ip_ranges: Vec<IpNet>,
     /// Allowed load-balancer IPs (`--loadbalancer-ip-range`).
     pub load_balancer_ranges: Vec<IpNet>,
+    /// Those of both that are bound whole, because they are advertised whole (`--advertise-ranges`): packets
+    /// to an address that no Service has would else go back to the router, and come again.
+    pub whole_ranges: Vec<IpNet>,
     /// Cluster IP ranges (`--service-cluster-ip-range`).
     pub cluster_ip_ranges: Vec<IpNet>,
     /// Whether the user gave the ranges; the default is a guess and is never bound as a whole.

@@ -26,6 +26,8 @@ pub(crate) fn settings() -> Settings {
             external_ips: true,
             load_balancer_ips: true,
             pod_cidrs: true,
+            ranges: false,
+            specifics: false,
         },
         external: External {
             peers: Vec::new(),

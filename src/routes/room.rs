@@ -20,7 +20,7 @@ use ferroute_bgp::transport::Password;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use super::advertise::{self, Announcements, Difference, Tag};
+use super::advertise::{self, Announcements, Claim, Difference};
 use super::identity::{Identity, Reflection, identify};
 use super::peers::{Peer, external, peers, read_passwords};
 use super::policies::{Wishes, policies, wishes};
@@ -268,6 +268,9 @@ impl Room {
         own.extend(told);
         let (external, told) = external(&self.settings, &node, self.secrets.as_ref(), &named, &self.external);
         own.extend(told);
+        let (ranges, told) = advertise::ranges(&self.settings, &facts);
+        own.extend(told);
+        self.announcements.put_ranges(ranges);
         (self.wishes, self.external) = (wishes, external);
         self.want_secrets(&node, &named);
         self.draining = if node.draining { self.draining.or_else(|| Some(Instant::now())) } else { None };
@@ -411,13 +414,14 @@ impl Room {
             return;
         }
         let Difference { advertise, withdraw } = difference;
-        if !withdraw.is_empty() {
-            tracing::debug!(?withdraw, "routes withdrawn");
-            speaker.withdraw(withdraw.into_iter().map(|prefix| (prefix, 0)).collect());
-        }
+        // A range comes before the addresses go that it stands for, and these come before it goes.
         if !advertise.is_empty() {
             tracing::debug!(?advertise, "routes advertised");
             speaker.advertise(advertise.into_iter().map(advertisement).collect());
+        }
+        if !withdraw.is_empty() {
+            tracing::debug!(?withdraw, "routes withdrawn");
+            speaker.withdraw(withdraw.into_iter().map(|prefix| (prefix, 0)).collect());
         }
     }
 
@@ -464,7 +468,7 @@ fn addresses(
     node: &Node,
     state: &ClusterState,
     key: &ServiceKey,
-) -> BTreeSet<(std::net::IpAddr, Tag)> {
+) -> BTreeSet<Claim> {
     let Some(service) = state.services.get(key) else { return BTreeSet::new() };
     advertise::addresses(settings, facts, node, service, state.slices.get(key))
 }

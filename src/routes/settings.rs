@@ -74,6 +74,10 @@ pub struct Advertise {
     pub load_balancer_ips: bool,
     /// Pod CIDRs, to external peers; other nodes get them anyway.
     pub pod_cidrs: bool,
+    /// Ranges of Services whole, in place of the addresses inside.
+    pub ranges: bool,
+    /// These addresses as well.
+    pub specifics: bool,
 }
 
 /// What holds for peers outside the cluster.

@@ -36,6 +36,13 @@ impl Check<'_> {
     pub(super) fn routes(&mut self, services: &proxy::Settings) -> Option<Settings> {
         let before = self.mistakes.len();
         self.period("loadbalancer-sync-period");
+        if self.switch("advertise-range-specifics") && !self.switch("advertise-ranges") {
+            self.meaning(
+                "--advertise-range-specifics: without --advertise-ranges single addresses are all that is advertised; \
+                 remove it, or add that flag"
+                    .to_owned(),
+            );
+        }
         let settings = Settings {
             node_name: services.node_name.clone(),
             services: services.clone(),
@@ -50,6 +57,8 @@ impl Check<'_> {
                 external_ips: self.switch("advertise-external-ip"),
                 load_balancer_ips: self.switch("advertise-loadbalancer-ip"),
                 pod_cidrs: self.switch("advertise-pod-cidr"),
+                ranges: self.switch("advertise-ranges"),
+                specifics: self.switch("advertise-range-specifics"),
             },
             external: self.external(),
             addresses: self.methods(),

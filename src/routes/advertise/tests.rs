@@ -33,7 +33,7 @@ fn slices(endpoints: &[(&str, &str)]) -> Slices {
 
 fn wanted(settings: &Settings, node: &Node, service: &Service, slices: Option<&Slices>) -> String {
     let list = addresses(settings, &services::facts(), node, service, slices);
-    list.iter().map(|(address, _)| address.to_string()).collect::<Vec<_>>().join(" ")
+    list.iter().map(|claim| claim.address.to_string()).collect::<Vec<_>>().join(" ")
 }
 
 const ALL: &str = "10.96.0.10 203.0.113.5 203.0.113.200 fd00:96::10 fd00:aa::1";
@@ -151,8 +151,8 @@ fn key(name: &str) -> ServiceKey {
     ServiceKey::new("shop", name)
 }
 
-fn claim(text: &str, tag: Tag) -> (IpAddr, Tag) {
-    (fixture::address(text), tag)
+fn claim(text: &str, tag: Tag) -> Claim {
+    Claim { address: fixture::address(text), tag, local: false }
 }
 
 #[test]
@@ -190,18 +190,106 @@ fn nothing_is_said_before_the_proxy_is_ready() {
     assert_eq!(again.advertise.len(), 2);
 }
 
+fn texts(difference: Difference) -> (Vec<String>, Vec<String>) {
+    let advertise = difference.advertise.iter().map(|(prefix, _)| prefix.to_string()).collect();
+    (advertise, difference.withdraw.iter().map(ToString::to_string).collect())
+}
+
+#[test]
+fn a_range_stands_for_its_addresses_while_one_is_served() {
+    let whole = BTreeMap::from([("203.0.113.0/24".parse().unwrap(), Tag::LoadBalancerIp)]);
+    let mut all = Announcements::default();
+    all.put_ranges(Ranges { whole: whole.clone(), specifics: false });
+    let strings = |list: &[&str]| list.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+    let step = |all: &mut Announcements, name: &str, claims: BTreeSet<Claim>, up: &[&str], down: &[&str]| {
+        all.put(&key(name), claims);
+        assert_eq!(texts(all.difference(|_| true)), (strings(up), strings(down)), "{name}");
+    };
+    let [a, b] = ["203.0.113.5", "203.0.113.6"].map(|text| claim(text, Tag::LoadBalancerIp));
+    let local = Claim { local: true, ..b };
+    step(&mut all, "a", [a].into(), &["203.0.113.0/24"], &["203.0.113.5/32"]);
+    step(&mut all, "b", [b].into(), &[], &["203.0.113.6/32"]);
+    assert_eq!(all.waiting(), 0);
+    // Policy Local needs its own way; elsewhere nothing changes.
+    step(&mut all, "b", [local].into(), &["203.0.113.6/32"], &[]);
+    step(
+        &mut all,
+        "a",
+        [claim("198.51.100.1", Tag::LoadBalancerIp)].into(),
+        &["198.51.100.1/32"],
+        &["203.0.113.5/32"],
+    );
+    assert_eq!(all.announced().count(), 3);
+    // The last one takes the range along.
+    step(&mut all, "b", BTreeSet::new(), &[], &["203.0.113.0/24", "203.0.113.6/32"]);
+    // A node that drains serves nothing, and a new speaker is told all.
+    step(&mut all, "b", [b].into(), &["203.0.113.0/24"], &["203.0.113.6/32"]);
+    all.touch_wanted();
+    assert!(texts(all.difference(|_| false)).1.contains(&"203.0.113.0/24".to_owned()));
+    all.touch_wanted();
+    assert_eq!(texts(all.difference(|_| true)).0, ["203.0.113.0/24", "198.51.100.1/32"]);
+    all.touch_all();
+    assert_eq!(texts(all.difference(|_| true)).0, ["203.0.113.0/24", "198.51.100.1/32"]);
+    // Switched while it runs, by a ServiceCIDR or a Node that comes.
+    all.put_ranges(Ranges { whole, specifics: true });
+    assert_eq!(texts(all.difference(|_| true)).0, ["203.0.113.6/32"]);
+    all.put_ranges(Ranges::default());
+    assert_eq!(texts(all.difference(|_| true)), (vec![], vec!["203.0.113.0/24".to_owned()]));
+}
+
+#[test]
+fn ranges_of_kinds_that_are_on_are_whole_unless_they_cover_machines_or_pods() {
+    let mut settings = fixture::settings();
+    assert_eq!(ranges(&settings, &services::facts()), (Ranges::default(), vec![]));
+    settings.advertise.ranges = true;
+    settings.services.external_ip_ranges.push("203.0.113.7/32".parse().unwrap());
+    let mut facts = services::facts();
+    facts.bound_ranges.extend(&settings.services.external_ip_ranges);
+    facts.bound_ranges.extend(&settings.services.load_balancer_ranges);
+    let of = |settings: &Settings, facts: &Facts| {
+        let (ranges, told) = ranges(settings, facts);
+        let ranges: Vec<String> = ranges.whole.keys().map(ToString::to_string).collect();
+        (ranges.join(" "), told.into_iter().map(|problem| problem.message).collect::<Vec<_>>())
+    };
+    assert_eq!(
+        of(&settings, &facts),
+        ("10.96.0.0/12 203.0.113.0/25 203.0.113.128/25 fd00:aa::/64".to_owned(), vec![])
+    );
+    settings.advertise.cluster_ips = false;
+    settings.advertise.load_balancer_ips = false;
+    assert_eq!(of(&settings, &facts), ("203.0.113.0/25".to_owned(), vec![]));
+    facts.pod_cidrs.push("203.0.113.64/27".parse().unwrap());
+    let (none, told) = of(&settings, &facts);
+    assert_eq!((none.as_str(), told.len()), ("", 1));
+    assert!(told[0].contains("203.0.113.0/25 is not advertised whole"), "{told:?}");
+    // It covers a node's address, so that it is not bound either.
+    let facts = Facts { bound_ranges: vec![], ..services::facts() };
+    assert_eq!(of(&settings, &facts).1.len(), 1);
+}
+
 proptest! {
     /// However the changes come, what is announced is what is wanted and ready.
     #[test]
     fn announced_is_wanted_and_ready(
-        steps in prop::collection::vec((0_u8..4, prop::collection::btree_set((0_u8..5, 0_usize..3), 0..4), 0_u8..32), 1..40),
+        steps in prop::collection::vec(
+            (0_u8..4, prop::collection::btree_set((0_u8..5, 0_usize..3, any::<bool>()), 0..4), 0_u8..32),
+            1..40,
+        ),
+        whole: bool,
+        specifics: bool,
     ) {
         let mut all = Announcements::default();
-        let mut model: BTreeMap<u8, BTreeSet<(IpAddr, Tag)>> = BTreeMap::new();
+        // Hosts 2 and 3.
+        let range: IpNet = "203.0.113.2/31".parse().unwrap();
+        let whole: BTreeMap<IpNet, Tag> = whole.then_some((range, Tag::ExternalIp)).into_iter().collect();
+        all.put_ranges(Ranges { whole: whole.clone(), specifics });
+        let mut model: BTreeMap<u8, BTreeSet<Claim>> = BTreeMap::new();
         let mut told: BTreeMap<IpNet, Tag> = BTreeMap::new();
         for (service, claims, ready) in steps {
-            let claims: BTreeSet<(IpAddr, Tag)> =
-                claims.into_iter().map(|(host, tag)| ([203, 0, 113, host].into(), Tag::VIPS[tag])).collect();
+            let claim = |(host, tag, local)| {
+                Claim { address: [203, 0, 113, host].into(), tag: Tag::VIPS[tag], local }
+            };
+            let claims: BTreeSet<Claim> = claims.into_iter().map(claim).collect();
             all.put(&key(&format!("s{service}")), claims.clone());
             model.insert(service, claims);
             let is_ready = |address: IpAddr| match address {
@@ -215,9 +303,23 @@ proptest! {
             }
             told.extend(difference.advertise);
             let mut expected: BTreeMap<IpNet, Tag> = BTreeMap::new();
-            for (address, tag) in model.values().flatten().filter(|(address, _)| is_ready(*address)) {
+            let ready: Vec<&Claim> =
+                model.values().flatten().filter(|claim| is_ready(claim.address)).collect();
+            for Claim { address, tag, .. } in &ready {
                 let known = expected.entry(IpNet::from(*address)).or_insert(*tag);
                 *known = (*known).min(*tag);
+            }
+            for (range, tag) in &whole {
+                let inside: Vec<_> = ready.iter().filter(|claim| range.contains(&claim.address)).collect();
+                if !specifics {
+                    let local = |prefix: &IpNet| {
+                        inside.iter().any(|claim| claim.local && claim.address == prefix.addr())
+                    };
+                    expected.retain(|prefix, _| !range.contains(prefix) || local(prefix));
+                }
+                if !inside.is_empty() {
+                    expected.insert(*range, *tag);
+                }
             }
             prop_assert_eq!(&told, &expected);
             prop_assert_eq!(all.announced().collect::<BTreeMap<_, _>>(), expected);

@@ -154,6 +154,7 @@ impl Shape {
             strict_external_ips: true,
             external_ip_ranges: Vec::new(),
             load_balancer_ranges: Vec::new(),
+            whole_ranges: Vec::new(),
             cluster_ip_ranges: vec![RANGE.parse()?],
             cluster_ip_ranges_given: false,
             node_port_range: 30000..=32767,
