@@ -38,6 +38,8 @@ use crate::schedule::{Looks, Schedule};
 const STEP: usize = 512;
 /// How often draining destinations are looked at.
 const DRAIN_TICK: Duration = Duration::from_secs(1);
+/// How often it is asked whether a stranger wrote rules, however rare looks have become: it is one message.
+const RULES_QUESTION: Duration = Duration::from_secs(1);
 /// Longest sleep: the loop turns at least so often, which is what liveness means.
 const LONGEST_SLEEP: Duration = Duration::from_secs(5);
 /// How long arrivals gather before a look, while the first lists are on their way.
@@ -73,6 +75,8 @@ pub struct Room {
     pending: Dirty,
     schedule: Schedule,
     looks: Looks,
+    /// When strangers' rules are asked for next.
+    rules_question: Instant,
     /// Of the mirror's virtual servers, as looks compare it.
     fingerprint: Option<ipvs::Fingerprint>,
     /// The kernel refused single objects in this turn.
@@ -120,6 +124,7 @@ impl Room {
             pending: Dirty::default(),
             schedule,
             looks: Looks::new(Instant::now()),
+            rules_question: Instant::now(),
             fingerprint: None,
             refused: false,
             rules_checked: false,
@@ -166,7 +171,7 @@ impl Room {
         if !self.adopted {
             return self.schedule.next_retry().unwrap_or(now);
         }
-        let due = self.schedule.next_due().min(self.looks.next_due());
+        let due = self.schedule.next_due().min(self.looks.next_due()).min(self.rules_question);
         self.next_drain_tick.map_or(due, |tick| tick.min(due))
     }
 
@@ -181,8 +186,11 @@ impl Room {
         if host_changed.routes {
             self.schedule.request_routes(started);
         }
-        if host_changed.rules && self.kernel.are_rules_disturbed() {
-            self.schedule.suspect_rules();
+        if host_changed.rules || self.rules_question <= started {
+            self.rules_question = started + RULES_QUESTION;
+            if self.kernel.are_rules_disturbed() {
+                self.schedule.suspect_rules();
+            }
         }
         if !self.adopted
             || host_changed.addresses
