@@ -685,11 +685,16 @@ fn changes_are_heard_of_at_once() {
         assert!(begun.elapsed() < SOON, "dropping the handle ends the thread");
         assert!(told.try_iter().count() < 100 && told.recv().is_err(), "and its callback with it");
 
-        // Nothing happens: the wait ends when it should.
+        // Nothing happens any more (IPv6 settles by timers): the wait ends when it should.
         let mut events = Events::subscribe(Interest::ALL).unwrap();
         let begun = Instant::now();
-        assert_eq!(events.wait(Some(Duration::from_millis(50)), |_| {}).unwrap(), 0);
-        assert!(begun.elapsed() >= Duration::from_millis(50));
+        let waited = loop {
+            let begun = Instant::now();
+            if events.wait(Some(Duration::from_millis(50)), |_| {}).unwrap() == 0 {
+                break begun.elapsed();
+            }
+        };
+        assert!(waited >= Duration::from_millis(50) && begun.elapsed() < SOON * 5);
 
         // More than the socket holds: said, and the subscription goes on.
         let mut network = Network::open().unwrap();

@@ -179,6 +179,7 @@ const OF_A: &[(&str, &[&str])] = &[
     ("fd10:3::/64", &["fd01::3"]),
     ("198.51.100.0/24", &["192.168.1.253", "192.168.1.254"]),
     ("2001:db8::/32", &["fd01::253", "fd01::254"]),
+    ("2001:db8:77::/64", &["fd01::3", "fd02::1"]),
     ("192.168.1.0/24", &["192.168.1.3"]),
     ("203.0.113.0/24", &["192.168.1.3"]),
     ("10.244.9.0/24", &["172.31.9.9"]),
@@ -235,6 +236,9 @@ fn learned_routes_reach_the_kernel_are_kept_right_and_go_without_a_trace() {
         assert!(v6.contains(&line), "{line} is missing in\n{v6}");
     }
     assert_eq!(v6.matches("via fd01::25").count(), 2, "{v6}");
+    for way in ["via fd01::3 dev eth0 ".to_owned(), format!("via fe80::1 dev {tunnel6} ")] {
+        assert!(v6.contains(&format!("nexthop {way}")), "{way} is missing in\n{v6}");
+    }
     assert!(
         a.script("ip route get 203.0.113.9").unwrap().contains("via 192.168.1.254"),
         "the stranger's route is used"
@@ -273,6 +277,19 @@ fn learned_routes_reach_the_kernel_are_kept_right_and_go_without_a_trace() {
         let (_, source) = receiver.recv_from(&mut [0; 16]).unwrap();
         assert_eq!(source, sender.local_addr().unwrap());
     }
+    // A prefix behind a gateway and a tunnel: of its addresses some are sent through the one, some the other.
+    b.script("ip -6 route add local 2001:db8:77::/64 dev lo").unwrap();
+    let receiver = b.run(|| UdpSocket::bind("[::]:7001")).unwrap();
+    receiver.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let sender = a.run(|| UdpSocket::bind("[fd01::1]:0")).unwrap();
+    let arrived = (1..=32)
+        .filter(|host| {
+            sender.send_to(b"hello", (ip(&format!("2001:db8:77::{host:x}")), 7001)).unwrap();
+            receiver.recv_from(&mut [0; 16]).is_ok()
+        })
+        .count();
+    assert!(arrived > 0, "none of 32 came through the tunnel");
+    b.script("ip -6 route del local 2001:db8:77::/64 dev lo").unwrap();
     let firewall = a.script("iptables-save; ip6tables-save; ipset list kube-router-pod-subnets").unwrap();
     for part in [
         "-A KUBE-ROUTER-EGRESS -m set ! --match-set kube-router-pod-subnets dst",

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use ipnet::IpNet;
 
@@ -20,6 +20,9 @@ use crate::host::route::{RouteKey, TABLE_MAIN};
 /// The table of routes to other nodes' addresses through tunnels, for packets from pods; kube-router's
 /// number.
 pub const TABLE_PODS: u32 = 77;
+
+/// The gateway of a shared IPv6 route in a tunnel: any link-local address will do, since nobody is asked for it.
+const TUNNEL_END: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
 
 /// What routes are decided by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -160,15 +163,14 @@ impl Surroundings {
                 }
             }
         }
-        let through_tunnel = ways.iter().any(|way| way.gateway.is_none());
-        // IPv6 shares a route among gateways only.
-        if prefix.addr().is_ipv6() && through_tunnel {
-            ways.truncate(1);
-        }
         if ways.is_empty() {
             return Err(refusal.unwrap_or(Refusal::NoWay(Family::of(prefix.addr()).unspecified())));
         }
         let through_tunnel = ways.iter().any(|way| way.gateway.is_none());
+        if prefix.addr().is_ipv6() && ways.len() > 1 {
+            // IPv6 shares a route among gateways only, and a tunnel has just one end to go to.
+            ways.iter_mut().for_each(|way| way.gateway = way.gateway.or(Some(TUNNEL_END)));
+        }
         let source = through_tunnel.then(|| self.sources.get(&Family::of(prefix.addr())).copied()).flatten();
         Ok(ForwardingRoute::new(prefix, TABLE_MAIN, ways, source))
     }
@@ -254,6 +256,11 @@ mod tests {
             "203.0.113.0/24",
             &["192.168.1.254", "192.168.1.2"],
             "unicast 203.0.113.0/24 via 192.168.1.2 dev index 2 and via 192.168.1.254 dev index 2 table 254",
+        );
+        is(
+            "2001:db8::/64",
+            &["fd02::2", "fd01::7"],
+            "unicast 2001:db8::/64 via fd01::7 dev index 2 and via fe80::1 dev index 12 table 254 src fd01::1",
         );
         // One way that works is enough.
         is(
