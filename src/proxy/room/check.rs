@@ -9,6 +9,9 @@ use crate::proxy::mirror::Scope;
 use crate::proxy::rules;
 use crate::schedule::{Due, Stopwatch};
 
+/// So many changes are told one by one.
+const DESCRIBED: usize = 16;
+
 impl Room {
     /// Looks whether anything seems to have changed; if so, it is read back on the next turn.
     pub(super) fn look(&mut self, started: Instant) {
@@ -122,8 +125,11 @@ impl Room {
             self.found(&changes)
         } else {
             self.shared.drifted(changes.len());
+            // All of a flushed table would be a book.
+            let what = if changes.len() <= DESCRIBED { changes.describe() } else { Vec::new() };
             tracing::warn!(
                 changes = changes.len(),
+                ?what,
                 "kernel state differed from what was programmed, repairing"
             );
             self.apply(changes)
