@@ -15,7 +15,7 @@ use ferroute_kit::{Cluster, serial};
 use lab::bgp::*;
 use lab::bird::Bird;
 use lab::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const ROUTER: &[&str] = &["--run-router=true", "--peer-router-ips=10.10.0.1", "--peer-router-asns=65000"];
 /// Everything is running after this, also while other labs share the machine.
@@ -57,17 +57,26 @@ fn annotate(lab: &Lab, node: &str, name: &str, text: Option<&str>) {
     lab.server.patch("nodes", "", node, patch).unwrap();
 }
 
-#[test]
-fn nodes_learn_pods_and_the_router_learns_services() {
-    let _serial = serial();
-    let mut lab = Lab::without_daemons(Cluster::builder().nodes(3).pods_per_node(1));
-    let bird = bird_at_the_router(&lab.cluster);
+fn external(ips: &[&str], policy: &str) -> Value {
+    json!({"externalIPs": ips, "externalTrafficPolicy": policy})
+}
+
+/// So many nodes with a pod each: `everywhere` has an endpoint on the first, `here`, of policy Local, on the second.
+fn lab_with_two_services(nodes: usize) -> (Lab, Vec<Endpoint>) {
+    let lab = Lab::without_daemons(Cluster::builder().nodes(nodes).pods_per_node(1));
     let pods: Vec<Endpoint> = lab.cluster.pods.iter().map(Endpoint::of).collect();
-    let external = |ips: &[&str], policy: &str| json!({"externalIPs": ips, "externalTrafficPolicy": policy});
     lab.put_service(&service("everywhere", 10, external(&["203.0.113.10", "2001:db8:7::10"], "Cluster")));
     lab.put_slices("everywhere", &pods[..1]);
     lab.put_service(&service("here", 11, external(&["203.0.113.11"], "Local")));
     lab.put_slices("here", &pods[1..2]);
+    (lab, pods)
+}
+
+#[test]
+fn nodes_learn_pods_and_the_router_learns_services() {
+    let _serial = serial();
+    let (mut lab, pods) = lab_with_two_services(3);
+    let bird = bird_at_the_router(&lab.cluster);
     lab.put_service(&service("nowhere", 12, external(&["203.0.113.12"], "Cluster")));
     lab.put_service(&service("refused", 13, external(&["192.0.2.13"], "Cluster")));
     lab.put_slices("refused", &pods[..1]);
@@ -263,14 +272,8 @@ fn what_is_wrong_is_told_and_touches_nobody_else() {
 #[test]
 fn a_range_is_told_whole_while_something_in_it_is_served() {
     let _serial = serial();
-    let mut lab = Lab::without_daemons(Cluster::builder().nodes(2).pods_per_node(1));
+    let (mut lab, pods) = lab_with_two_services(2);
     let bird = bird_at_the_router(&lab.cluster);
-    let pods: Vec<Endpoint> = lab.cluster.pods.iter().map(Endpoint::of).collect();
-    let external = |ips: &[&str], policy: &str| json!({"externalIPs": ips, "externalTrafficPolicy": policy});
-    lab.put_service(&service("everywhere", 10, external(&["203.0.113.10", "2001:db8:7::10"], "Cluster")));
-    lab.put_slices("everywhere", &pods[..1]);
-    lab.put_service(&service("here", 11, external(&["203.0.113.11"], "Local")));
-    lab.put_slices("here", &pods[1..]);
     let ranges = "--service-external-ip-range=203.0.113.0/24,2001:db8:7::/64";
     let more = [ranges, "--advertise-external-ip", "--advertise-ranges"];
     let flags: Vec<&str> = ROUTER.iter().copied().chain(more).collect();

@@ -60,12 +60,11 @@ impl Client {
         self.send(what, action, Method::POST, &url, &headers, body, true).await
     }
 
-    /// The same, signed.
-    pub(super) async fn call_signed(
+    /// Calls an action of EC2, signed.
+    pub(super) async fn call_ec2(
         &self,
         action: &'static str,
         url: String,
-        service: &'static str,
         region: &str,
         credentials: &Credentials,
         body: String,
@@ -80,7 +79,7 @@ impl Client {
             .collect();
         let request =
             signature::Request { method: "POST", path: "/", query: "", headers: &signed, body: &body };
-        let authorization = authorization(&request, credentials, region, service, &time);
+        let authorization = authorization(&request, credentials, region, "ec2", &time);
         let headers: Vec<(&str, &str)> = [("authorization", authorization.as_str()), ("x-amz-date", &time)]
             .into_iter()
             .chain(token)

@@ -1,4 +1,4 @@
-//! The metadata service of an instance, version 2: what it is, and its role's credentials.
+//! The metadata service of an instance, version 2: what it is, and any item by its path.
 
 use http::Method;
 

@@ -162,14 +162,7 @@ pub async fn switch_off(instance: &str, environment: &Environment) -> Result<(),
     let call = |action: &'static str, target: [(&'static str, &str); 1]| {
         let parameters = [("Action", action), ("SourceDestCheck.Value", "false"), ("Version", EC2_VERSION)];
         let body = client::form(parameters.into_iter().chain(target));
-        client.call_signed(
-            action,
-            environment.endpoint("ec2", &metadata),
-            "ec2",
-            &metadata.region,
-            &credentials,
-            body,
-        )
+        client.call_ec2(action, environment.endpoint("ec2", &metadata), &metadata.region, &credentials, body)
     };
     match call("ModifyInstanceAttribute", [("InstanceId", instance)]).await {
         // Said of an instance with several: the one that carries the node's address is meant.
