@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -86,9 +87,21 @@ struct Peer {
     board: Arc<Board>,
     passive: bool,
     restart_after: Option<Duration>,
+    first: First,
     session: Option<Established>,
     /// When routes from before the peer's restart are given up.
     stale_until: Option<Instant>,
+}
+
+/// A peer's first routes, for which decisions after a restart of this node wait.
+#[derive(Clone, Copy)]
+enum First {
+    /// It was not there yet.
+    Expected,
+    /// Its session is up; families whose End-of-RIB has not come.
+    Coming(Families),
+    /// Not waited for: it is through, or is not there.
+    Settled,
 }
 
 /// A session that is up.
@@ -114,16 +127,22 @@ struct Convergence {
 enum Wait {
     /// For the peers to be known.
     Peers,
-    /// For these peers and families of theirs.
-    Routes { awaited: BTreeMap<u32, Awaited>, until: Instant },
+    /// For first routes, until then; passive peers have less time to connect.
+    Routes { until: Instant, connected_until: Instant },
     /// No more.
     Over,
 }
 
-struct Awaited {
-    /// Families whose End-of-RIB has not come; `None` before the session is up.
-    families: Option<Families>,
-    until: Instant,
+impl Wait {
+    /// How long a peer is waited for.
+    fn until(&self, peer: &Peer) -> Option<Instant> {
+        let Self::Routes { until, connected_until } = self else { return None };
+        match peer.first {
+            First::Expected if peer.passive => Some(*connected_until),
+            First::Expected | First::Coming(_) => Some(*until),
+            First::Settled => None,
+        }
+    }
 }
 
 impl Table {
@@ -163,25 +182,38 @@ impl Table {
                     None | Some(Control::Stop) => break,
                     Some(control) => self.control(control),
                 },
-                Some((number, arrival)) = self.inbox.recv() => self.arrival(number, arrival),
+                Some((number, arrival)) = self.inbox.recv() => {
+                    if self.controls().is_break() {
+                        break;
+                    }
+                    self.arrival(number, arrival);
+                }
                 () = sleep_until(deadline) => {}
             }
             for _ in 0..BURST {
-                if let Ok(control) = self.control.try_recv() {
-                    if matches!(control, Control::Stop) {
-                        return self.close();
-                    }
-                    self.control(control);
-                } else if let Ok((number, arrival)) = self.inbox.try_recv() {
-                    self.arrival(number, arrival);
-                } else {
-                    break;
+                let arrival = self.inbox.try_recv();
+                if self.controls().is_break() {
+                    return self.close();
                 }
+                let Ok((number, arrival)) = arrival else { break };
+                self.arrival(number, arrival);
             }
             self.expire(Instant::now());
             self.deliver();
         }
         self.close();
+    }
+
+    /// Takes in what the speaker said until now. Between an arrival and what it means: a peer that was just
+    /// added may be up already, and what is said of it here was said before.
+    fn controls(&mut self) -> ControlFlow<()> {
+        while let Ok(control) = self.control.try_recv() {
+            if matches!(control, Control::Stop) {
+                return ControlFlow::Break(());
+            }
+            self.control(control);
+        }
+        ControlFlow::Continue(())
     }
 
     fn close(self) {
@@ -196,8 +228,11 @@ impl Table {
                 let id = self.rib.add_peer(*options);
                 board.identify(id);
                 let passive = initiative == Initiative::Passive;
-                let peer =
-                    Peer { id, commands, board, passive, restart_after, session: None, stale_until: None };
+                // Only those that are wanted from the start are waited for.
+                let expected = matches!(self.convergence.wait, Wait::Peers);
+                let first = if expected { First::Expected } else { First::Settled };
+                let (session, stale_until) = (None, None);
+                let peer = Peer { id, commands, board, passive, restart_after, first, session, stale_until };
                 self.peers.insert(number, peer);
             }
             Control::Change { number, options, restart_after } => {
@@ -273,10 +308,10 @@ impl Table {
             FromPeer::Forget => self.forget(number),
             FromPeer::Failed => self.settled(number),
             FromPeer::Gone => {
-                self.settled(number);
                 if let Some(peer) = self.peers.remove(&number) {
                     self.rib.remove_peer(peer.id);
                 }
+                self.converge(Instant::now());
             }
         }
     }
@@ -325,10 +360,9 @@ impl Table {
         });
         if awaited.is_empty() {
             self.settled(number);
-        } else if let Wait::Routes { awaited: peers, until } = &mut self.convergence.wait
-            && let Some(waiting) = peers.get_mut(&number)
-        {
-            *waiting = Awaited { families: Some(awaited), until: *until };
+        } else if let First::Expected = peer.first {
+            // Also where not all peers are known yet: this one may be through before they are.
+            peer.first = First::Coming(awaited);
         }
     }
 
@@ -364,15 +398,11 @@ impl Table {
             peer.stale_until = None;
             peer.board.keep_routes(false);
         }
-        let mut through = false;
-        if let Wait::Routes { awaited, .. } = &mut self.convergence.wait
-            && let Some(Awaited { families: Some(families), .. }) = awaited.get_mut(&number)
-        {
+        if let First::Coming(families) = &mut peer.first {
             ended.iter().for_each(|family| families.remove(family));
-            through = families.is_empty();
-        }
-        if through {
-            self.settled(number);
+            if families.is_empty() {
+                self.settled(number);
+            }
         }
     }
 
@@ -422,30 +452,22 @@ impl Table {
             return;
         }
         let until = now + self.convergence.patience;
-        let awaited = self
-            .peers
-            .iter()
-            .map(|(number, peer)| {
-                let until = if peer.passive { until.min(now + PASSIVE_PATIENCE) } else { until };
-                (*number, Awaited { families: None, until })
-            })
-            .collect();
-        self.convergence.wait = Wait::Routes { awaited, until };
+        self.convergence.wait = Wait::Routes { until, connected_until: until.min(now + PASSIVE_PATIENCE) };
         self.converge(now);
     }
 
     /// A peer is not waited for any more: it is through, or not there.
     fn settled(&mut self, number: u32) {
-        if let Wait::Routes { awaited, .. } = &mut self.convergence.wait {
-            awaited.remove(&number);
+        if let Some(peer) = self.peers.get_mut(&number) {
+            peer.first = First::Settled;
             self.converge(Instant::now());
         }
     }
 
     fn converge(&mut self, now: Instant) {
-        let Wait::Routes { awaited, .. } = &mut self.convergence.wait else { return };
-        awaited.retain(|_, peer| peer.until > now);
-        if !awaited.is_empty() {
+        let wait = &self.convergence.wait;
+        let awaited = |peer: &Peer| wait.until(peer).is_some_and(|until| until > now);
+        if !matches!(wait, Wait::Routes { .. }) || self.peers.values().any(awaited) {
             return;
         }
         info!("the first routes of all peers that are there have come");
@@ -463,11 +485,8 @@ impl Table {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        let convergence = match &self.convergence.wait {
-            Wait::Routes { awaited, .. } => awaited.values().map(|peer| peer.until).min(),
-            _ => None,
-        };
-        self.peers.values().filter_map(|peer| peer.stale_until).chain(convergence).min()
+        let wait = &self.convergence.wait;
+        self.peers.values().flat_map(|peer| [peer.stale_until, wait.until(peer)]).flatten().min()
     }
 
     fn expire(&mut self, now: Instant) {
@@ -606,3 +625,6 @@ async fn sleep_until(deadline: Option<Instant>) {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;
