@@ -236,7 +236,7 @@ pub fn run(config: Config, level: log::Level) -> anyhow::Result<()> {
             let (cluster, reporter) = (cluster.clone(), reporter.room("aws"));
             tokio::spawn(aws::run(cluster, desk.node.clone(), reporter, aws::Environment::of_process()));
         }
-        let wanted: Vec<_> = interests.kinds.iter().copied().collect();
+        let wanted = interests.listed_kinds();
         let watched = cluster.clone();
         rooms.task("cluster", async move { Ok(cluster::run(source, watched, interests, reporter).await?) });
         tokio::spawn(warn_when_unlisted(cluster, wanted, cache_sync_timeout));
@@ -274,7 +274,7 @@ pub fn plan(config: Config, output: Output) -> anyhow::Result<String> {
     };
     let source = cluster_source(config.source, proxy.as_ref(), netpol.as_ref())?;
     let cluster = Cluster::new();
-    let wanted: Vec<_> = interests.kinds.iter().copied().collect();
+    let wanted = interests.listed_kinds();
     let limit = config.cache_sync_timeout;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -462,8 +462,14 @@ async fn until_listed(cluster: &Cluster, kinds: &[cluster::Kind]) {
 
 async fn warn_when_unlisted(cluster: Cluster, kinds: Vec<cluster::Kind>, limit: Duration) {
     if tokio::time::timeout(limit, until_listed(&cluster, &kinds)).await.is_err() {
+        let missing: Vec<&str> = kinds
+            .iter()
+            .filter(|kind| !cluster.read().has_listed(&[**kind]))
+            .map(|kind| kind.name())
+            .collect();
         tracing::warn!(
             seconds = limit.as_secs(),
+            missing = missing.join(","),
             "the cluster is not listed yet (--cache-sync-timeout); the kernel keeps its state and the watches go on"
         );
     }

@@ -46,6 +46,12 @@ impl Interests {
         Self { kinds: BTreeSet::from(Self::ROUTES_AND_SECRETS), only_node: None }
     }
 
+    /// The kinds of which everything there is gets listed. Secrets are not: they are watched one by one, once
+    /// a peer names them.
+    pub fn listed_kinds(&self) -> Vec<Kind> {
+        self.kinds.iter().copied().filter(|kind| *kind != Kind::Secret).collect()
+    }
+
     /// What both together read.
     #[must_use]
     pub fn and(mut self, other: Self) -> Self {
