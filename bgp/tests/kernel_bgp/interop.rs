@@ -14,12 +14,61 @@ pub fn advertisement(prefix: &str, path: u32, attributes: Attributes) -> Adverti
     Advertisement { prefix: prefix.parse().unwrap(), path, attributes: Arc::new(attributes), tag: 0 }
 }
 
-pub fn neighbor(host: &Host, address: IpAddr) -> Neighbor {
-    Neighbor { address: Some(address), asn: host.asn().0, ..Neighbor::default() }
-}
-
 pub fn router_as_peer(host: &Host, address: IpAddr, asn: u32) -> PeerConfig {
     PeerConfig { asn: PeerAsn::Exactly(Asn(asn)), ..host.as_peer(address) }
+}
+
+/// What a router is to the nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// A router of another AS, each node being one of its own.
+    External,
+    /// It reflects the routes of nodes that share its AS.
+    Reflector,
+}
+
+impl Role {
+    const SHARED_ASN: u32 = 64_512;
+
+    pub fn router_asn(self) -> u32 {
+        match self {
+            Self::External => ROUTER_ASN,
+            Self::Reflector => Self::SHARED_ASN,
+        }
+    }
+
+    /// The same settings with the AS that a node has.
+    pub fn of_node(self, settings: SpeakerConfig) -> SpeakerConfig {
+        match self {
+            Self::External => settings,
+            Self::Reflector => SpeakerConfig { asn: Asn(Self::SHARED_ASN), ..settings },
+        }
+    }
+
+    /// A node as the router's neighbour.
+    pub fn neighbor(self, host: &Host, address: IpAddr) -> Neighbor {
+        let asn = self.of_node(host.settings()).asn.0;
+        Neighbor { address: Some(address), asn, client: self == Self::Reflector, ..Neighbor::default() }
+    }
+}
+
+/// Each side asks the other for its routes again.
+fn refresh_both_ways(router: &Router, host: &Host, node: &Node, key: IpAddr) {
+    let before = node.peer(key).received.update;
+    node.speaker.refresh(&key.into(), Families::ALL);
+    eventually("a refresh", PATIENCE, || {
+        let now = node.peer(key).received.update;
+        if now > before { Ok(()) } else { Err(format!("{before} {now}")) }
+    });
+    let before = node.peer(key);
+    let own = if key.is_ipv4() { host.v4() } else { host.v6() };
+    if router.asks_again(own) {
+        eventually("the router's refresh", PATIENCE, || {
+            let now = node.peer(key);
+            let asked = now.received.refresh > before.received.refresh;
+            if asked && now.sent.update > before.sent.update { Ok(()) } else { Err(format!("{now:#?}")) }
+        });
+    }
 }
 
 /// Prefixes learned, whoever they are from.
@@ -38,7 +87,8 @@ pub fn learns(node: &Node, wanted: &[&str]) {
 fn an_external_router(make: Make, name: &str) {
     let _serial = serial();
     let (a, b) = wire(name);
-    let router = Router::start(make, &b, ROUTER_ASN, &[neighbor(&a, a.v4()), neighbor(&a, a.v6())]);
+    let neighbors = [a.v4(), a.v6()].map(|address| Role::External.neighbor(&a, address));
+    let router = Router::start(make, &b, ROUTER_ASN, &neighbors);
     let peers = |asn| [b.v4(), b.v6()].map(|address| router_as_peer(&b, address, asn)).to_vec();
     let attributes = Attributes {
         communities: vec![Community::new(64001, 7)],
@@ -59,20 +109,7 @@ fn an_external_router(make: Make, name: &str) {
     router.shows(own[0], &["64001", "10.9.0.1", &community]);
     router.shows(own[1], &["64001", "fd09::1", &community]);
     learns(&node, &OWN);
-    let before = node.peer(b.v4()).received.update;
-    node.speaker.refresh(&b.v4().into(), Families::ALL);
-    eventually("a refresh", PATIENCE, || {
-        let now = node.peer(b.v4()).received.update;
-        if now > before { Ok(()) } else { Err(format!("{before} {now}")) }
-    });
-    let before = node.peer(b.v4());
-    if router.asks_again(a.v4()) {
-        eventually("the router's refresh", PATIENCE, || {
-            let now = node.peer(b.v4());
-            let asked = now.received.refresh > before.received.refresh;
-            if asked && now.sent.update > before.sent.update { Ok(()) } else { Err(format!("{now:#?}")) }
-        });
-    }
+    refresh_both_ways(&router, &a, &node, b.v4());
     node.never_flapped([b.v4(), b.v6()]);
 
     node.speaker.set_advertisements(vec![advertisement(own[1], 0, attributes.clone())]);
@@ -100,8 +137,11 @@ fn gobgp_as_an_external_router() {
 fn a_signed_router(make: Make, name: &str) {
     let _serial = serial();
     let (a, b) = wire(name);
-    let signed =
-        |address| Neighbor { password: Some("open-sesame"), security: true, ..neighbor(&a, address) };
+    let signed = |address| Neighbor {
+        password: Some("open-sesame"),
+        security: true,
+        ..Role::External.neighbor(&a, address)
+    };
     let router = Router::start(make, &b, ROUTER_ASN, &[signed(a.v4()), signed(a.v6())]);
     let node = a.start(a.settings());
     node.advertises(&["10.96.0.10/32", "2001:db8:a::10/128"]);
@@ -197,28 +237,33 @@ fn gobgp_over_ipv6_alone() {
 }
 
 /// A node says two paths to one prefix, the reflector passes both on, and another node takes both. The one
-/// session is over IPv4, the other over IPv6, both with passwords and TTL security.
+/// session is over IPv4, the other over IPv6, both with passwords and TTL security; a wrong AS and a wrong
+/// password are told.
 fn a_reflector(make: Make, name: &str) {
     let _serial = serial();
     let (a, r, c) = star(name);
-    const ASN: u32 = 64_512;
-    let client = |address| Neighbor {
-        address: Some(address),
-        asn: ASN,
+    let role = Role::Reflector;
+    let client = |host, address| Neighbor {
         password: Some("open-sesame"),
         security: true,
         add_paths: true,
-        client: true,
-        ..Neighbor::default()
+        ..role.neighbor(host, address)
     };
-    let router = Router::start(make, &r, ASN, &[client(a.v4()), client(c.v6())]);
+    let router = Router::start(make, &r, role.router_asn(), &[client(&a, a.v4()), client(&c, c.v6())]);
     let start = |host: &Host, address| {
-        let node = host.start(SpeakerConfig { asn: Asn(ASN), ..host.settings() });
-        let mut peer = router_as_peer(&r, address, ASN);
-        (peer.add_path_send, peer.add_path_receive) = (Families::ALL, Families::ALL);
-        peer.password = Some(Password::new(b"open-sesame").unwrap());
-        peer.reach = Some(Reach::Security(1));
-        node.peers(vec![peer]);
+        let node = host.start(role.of_node(host.settings()));
+        let peer = |asn, password: &str| {
+            let mut peer = router_as_peer(&r, address, asn);
+            (peer.add_path_send, peer.add_path_receive) = (Families::ALL, Families::ALL);
+            peer.password = Some(Password::new(password.as_bytes()).unwrap());
+            peer.reach = Some(Reach::Security(1));
+            node.peers(vec![peer]);
+        };
+        peer(64_999, "open-sesame");
+        node.error(address, "peer says AS 64512, configured 64999");
+        peer(role.router_asn(), "wrong");
+        node.error(address, "another TCP MD5 password");
+        peer(role.router_asn(), "open-sesame");
         node
     };
     let (left, right) = (start(&a, r.v4()), start(&c, r.v6()));
@@ -229,10 +274,10 @@ fn a_reflector(make: Make, name: &str) {
     };
     let (v4, v6) = ("10.96.0.10/32", "2001:db8:a::10/128");
     left.speaker.set_advertisements(vec![path(v4, 1), path(v4, 2), path(v6, 1), path(v6, 2)]);
-    right.advertises(&[]);
+    right.advertises(&["10.96.0.12/32"]);
     let negotiated = right.established(r.v6()).negotiated.unwrap();
     left.established(r.v4());
-    assert_eq!(negotiated.peer_asn, Asn(ASN));
+    assert_eq!(negotiated.peer_asn, Asn(role.router_asn()));
     router.shows(v4, &[&router.community(64001, 1), &router.community(64001, 2)]);
     for (prefix, next_hop) in [(v4, "10.9.0.1"), (v6, "fd09::1")] {
         let family = if prefix == v4 { AfiSafi::Ipv4Unicast } else { AfiSafi::Ipv6Unicast };
@@ -250,6 +295,8 @@ fn a_reflector(make: Make, name: &str) {
             if reflected == wanted { Ok(()) } else { Err(format!("{reflected:?} of {paths:#?}")) }
         });
     }
+    refresh_both_ways(&router, &a, &left, r.v4());
+    refresh_both_ways(&router, &c, &right, r.v6());
     // One of them goes, the other stays.
     left.speaker.set_advertisements(vec![path(v4, 2), path(v6, 2)]);
     eventually("one path", PATIENCE, || match right.learned(AfiSafi::Ipv4Unicast) {

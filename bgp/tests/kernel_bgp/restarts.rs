@@ -5,7 +5,7 @@ use ferroute_bgp::speaker::Watch;
 use ferroute_kit::assert::throughout;
 use ferroute_kit::serial;
 
-use super::interop::{ROUTER_ASN, learns, neighbor, router_as_peer};
+use super::interop::{Role, learns, router_as_peer};
 use super::router::{Make, Neighbor, OWN, Router};
 use super::*;
 
@@ -17,17 +17,17 @@ fn connections(host: &Host) -> usize {
 
 /// Both dial and both connections come up before either side can say a word on them: one session comes of
 /// it and stays (RFC 4271 section 6.8). Then one side falls silent for the hold time, and the other.
-fn two_connections_and_silence(make: Make, name: &str) {
+fn two_connections_and_silence(make: Make, name: &str, role: Role) {
     let _serial = serial();
     let (a, b) = wire(name);
     let words = ["-p", "tcp", "--tcp-flags", "PSH", "PSH"];
     [&a, &b].iter().for_each(|host| host.filter("-A", &words));
-    let _router = Router::start(make, &b, ROUTER_ASN, &[neighbor(&a, a.v4())]);
-    let node = a.start(a.settings());
+    let _router = Router::start(make, &b, role.router_asn(), &[role.neighbor(&a, a.v4())]);
+    let node = a.start(role.of_node(a.settings()));
     // What BIRD has to say when a timer ends it says up to 3 s later (its poll does not know of it), and
     // this side would have lost patience too.
     let hold_time = if make == Make::Bird { 6 } else { 3 };
-    node.peers(vec![PeerConfig { hold_time, ..router_as_peer(&b, b.v4(), ROUTER_ASN) }]);
+    node.peers(vec![PeerConfig { hold_time, ..router_as_peer(&b, b.v4(), role.router_asn()) }]);
     // GoBGP stops to dial when it has accepted a connection, and closes what it accepts when it has dialed.
     let both = if make == Make::Gobgp { 1 } else { 2 };
     eventually("all connections", PATIENCE, || match connections(&a) {
@@ -57,17 +57,32 @@ fn two_connections_and_silence(make: Make, name: &str) {
 
 #[test]
 fn bird_ends_sessions() {
-    two_connections_and_silence(Make::Bird, "eb");
+    two_connections_and_silence(Make::Bird, "eb", Role::External);
 }
 
 #[test]
 fn frr_ends_sessions() {
-    two_connections_and_silence(Make::Frr, "ef");
+    two_connections_and_silence(Make::Frr, "ef", Role::External);
 }
 
 #[test]
 fn gobgp_ends_sessions() {
-    two_connections_and_silence(Make::Gobgp, "eg");
+    two_connections_and_silence(Make::Gobgp, "eg", Role::External);
+}
+
+#[test]
+fn bird_reflecting_ends_sessions() {
+    two_connections_and_silence(Make::Bird, "ib", Role::Reflector);
+}
+
+#[test]
+fn frr_reflecting_ends_sessions() {
+    two_connections_and_silence(Make::Frr, "if", Role::Reflector);
+}
+
+#[test]
+fn gobgp_reflecting_ends_sessions() {
+    two_connections_and_silence(Make::Gobgp, "ig", Role::Reflector);
 }
 
 /// Prefixes of which a watch has seen no path at some time since the last look.
@@ -99,22 +114,19 @@ fn refreshed(node: &Node, key: IpAddr) {
 /// Two nodes and a router between them, of three ASes or of one in which the router reflects. A node is
 /// killed and comes back with a route less; then the router is, and does. What comes back is never lost,
 /// neither at the neighbour nor behind it, and what does not is gone at the end.
-fn kills(make: Make, name: &str, reflector: bool) {
+fn kills(make: Make, name: &str, role: Role) {
     let _serial = serial();
     let (a, r, c) = star(name);
-    let asn_of = |host: &Host| if reflector { 64_512 } else { host.asn().0 };
-    let router_asn = if reflector { 64_512 } else { ROUTER_ASN };
+    let router_asn = role.router_asn();
     let as_neighbor = |host: &Host, address: IpAddr| Neighbor {
-        asn: asn_of(host),
-        client: reflector,
         v6_next_hops: address.is_ipv6(),
-        ..neighbor(host, address)
+        ..role.neighbor(host, address)
     };
     let neighbors = [as_neighbor(&a, a.v4()), as_neighbor(&c, c.v6())];
     let own = [OWN[0], OWN[1], "203.0.113.0/24", "2001:db8:c::/48"];
     let router = Router::originating(make, &r, router_asn, &neighbors, &own);
     let start = |host: &Host, address: IpAddr, restarted| {
-        let node = host.start(SpeakerConfig { asn: Asn(asn_of(host)), ..host.restarting(restarted) });
+        let node = host.start(role.of_node(host.restarting(restarted)));
         let peer = router_as_peer(&r, address, router_asn);
         node.peers(vec![PeerConfig { extended_next_hop: address.is_ipv6(), ..peer }]);
         node
@@ -173,30 +185,30 @@ fn kills(make: Make, name: &str, reflector: bool) {
 
 #[test]
 fn bird_and_kills() {
-    kills(Make::Bird, "kb", false);
+    kills(Make::Bird, "kb", Role::External);
 }
 
 #[test]
 fn frr_and_kills() {
-    kills(Make::Frr, "kf", false);
+    kills(Make::Frr, "kf", Role::External);
 }
 
 #[test]
 fn gobgp_and_kills() {
-    kills(Make::Gobgp, "kg", false);
+    kills(Make::Gobgp, "kg", Role::External);
 }
 
 #[test]
 fn bird_reflecting_and_kills() {
-    kills(Make::Bird, "lb", true);
+    kills(Make::Bird, "lb", Role::Reflector);
 }
 
 #[test]
 fn frr_reflecting_and_kills() {
-    kills(Make::Frr, "lf", true);
+    kills(Make::Frr, "lf", Role::Reflector);
 }
 
 #[test]
 fn gobgp_reflecting_and_kills() {
-    kills(Make::Gobgp, "lg", true);
+    kills(Make::Gobgp, "lg", Role::Reflector);
 }

@@ -175,11 +175,11 @@ impl Router {
         });
     }
 
-    /// Asks a neighbour for its IPv4 routes again (RFC 2918); `false` of GoBGP, which keeps what it heard and
-    /// never asks.
+    /// Asks a neighbour for its routes again (RFC 2918): BIRD asks them all. `false` of GoBGP, which keeps what
+    /// it heard and never asks.
     pub fn asks_again(&self, neighbor: IpAddr) -> bool {
         let question = match self.make {
-            Make::Bird => "reload in peer0".to_owned(),
+            Make::Bird => "reload in all".to_owned(),
             Make::Frr => format!("clear bgp ipv4 unicast {neighbor} soft in"),
             Make::Gobgp => return false,
         };
