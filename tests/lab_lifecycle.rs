@@ -587,6 +587,38 @@ fn strangers_stay_and_clean_up_leaves_nothing() {
     stranger.assert_untouched("after another start");
 }
 
+/// `ferroute plan` of all three rooms: what a start would write, and after it that there is nothing left.
+#[test]
+fn a_plan_tells_what_a_start_writes_and_writes_nothing() {
+    let _serial = serial();
+    let mut lab = Lab::without_daemons(Cluster::builder().nodes(1).pods_per_node(1));
+    lab.put_service(&service("web", 10, json!({})));
+    lab.put_slices("web", &[Endpoint::of(lab.pod("p1-1"))]);
+    let node = lab.cluster.nodes[0].clone();
+    let rooms = ["--run-service-proxy=true", "--run-firewall=true", "--run-router=true"];
+    let (master, name) =
+        (format!("--master={}", lab.server.url()), format!("--hostname-override={}", node.name));
+    let words = [&["plan", &master, &name], &rooms[..]].concat();
+    let plan = || node.exec(PROGRAM, &words).unwrap();
+    let before = KernelSnapshot::take(&node).unwrap();
+    let told = plan();
+    for wanted in [
+        "create virtual server TCP 10.96.0.10:80",
+        "create ipset kube-router-local-pods",
+        "would add rule from 10.244.1.0/24",
+    ] {
+        assert!(told.contains(wanted), "no {wanted:?} in {told}");
+    }
+    before.assert_same(&KernelSnapshot::take(&node).unwrap(), "after a plan");
+    lab.start_daemons(&rooms);
+    lab.wait_served(10, 1);
+    let full = KernelSnapshot::take(&node).unwrap();
+    let told = plan();
+    let agree = told.matches("kernel and desired state agree").count();
+    assert!(agree == 2 && !told.contains("would "), "{told}");
+    full.assert_same(&KernelSnapshot::take(&node).unwrap(), "after a plan beside the daemon");
+}
+
 #[test]
 fn the_last_local_endpoint_finishes_its_flows_while_new_remote_clients_are_dropped() {
     let _serial = serial();
