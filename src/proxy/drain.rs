@@ -26,7 +26,8 @@ struct Draining {
     deadline: Instant,
     /// As [`Now::boot_seconds`].
     since: u32,
-    quiet: bool,
+    /// It has no connection left, or no time.
+    over: bool,
 }
 
 /// A moment by two clocks.
@@ -49,7 +50,7 @@ impl Draining {
         };
         let gone = now.boot_seconds.saturating_sub(since);
         let left = period.saturating_sub(Duration::from_secs(gone.into()));
-        Self { deadline: now.instant + left, since, quiet: false }
+        Self { deadline: now.instant + left, since, over: left.is_zero() }
     }
 }
 
@@ -112,7 +113,7 @@ impl Drains {
             let state = draining
                 .remove(&destination_key)
                 .unwrap_or_else(|| Draining::begin(destination, period, *now));
-            if state.quiet || now.instant >= state.deadline {
+            if state.over {
                 continue;
             }
             still.insert(destination_key, state);
@@ -155,15 +156,16 @@ impl Drains {
     /// Notes that a draining destination has no connection left.
     pub fn set_quiet(&mut self, server: &ipvs::VirtualServerKey, destination: &ipvs::DestinationKey) {
         if let Some(state) = self.servers.get_mut(server).and_then(|known| known.get_mut(destination)) {
-            state.quiet = true;
+            state.over = true;
         }
     }
 
-    /// Whether any draining destination of a server is quiet or out of time.
-    pub fn is_due(&self, server: &ipvs::VirtualServerKey, now: Instant) -> bool {
-        self.servers
-            .get(server)
-            .is_some_and(|known| known.values().any(|state| state.quiet || now >= state.deadline))
+    /// Ends the drains of a server that are out of time; whether any is over. Nothing else ends one for the
+    /// time: an audit that did would take it for something that a stranger changed.
+    pub fn end(&mut self, server: &ipvs::VirtualServerKey, now: Instant) -> bool {
+        let Some(known) = self.servers.get_mut(server) else { return false };
+        known.values_mut().for_each(|state| state.over |= now >= state.deadline);
+        known.values().any(|state| state.over)
     }
 }
 
@@ -219,9 +221,11 @@ mod tests {
         let tcp = Some(Protocol::Tcp);
         let draining = drains.effective(key(), tcp, Some(&actual), Some(&wanted), PERIOD, || now).unwrap();
         assert_eq!(weights(&draining), [("10.0.0.1".into(), 1), ("10.0.0.2".into(), 0)]);
-        assert!(!drains.is_due(&key(), now.instant) && drains.len() == 1);
+        assert!(!drains.end(&key(), now.instant) && drains.len() == 1);
         let later = after(now, 30);
-        assert!(drains.is_due(&key(), later.instant));
+        let still = drains.effective(key(), tcp, Some(&draining), Some(&wanted), PERIOD, || later).unwrap();
+        assert_eq!(still, draining, "until it is ended");
+        assert!(drains.end(&key(), later.instant));
         let done = drains.effective(key(), tcp, Some(&draining), Some(&wanted), PERIOD, || later).unwrap();
         assert_eq!(weights(&done), [("10.0.0.1".into(), 1)]);
         assert!(drains.is_empty());
@@ -243,7 +247,7 @@ mod tests {
         // Its next drain has the whole period again.
         let again = after(now, 40);
         drains.effective(key(), Some(Protocol::Tcp), Some(&both), Some(&one), PERIOD, || again).unwrap();
-        assert!(!drains.is_due(&key(), again.instant + Duration::from_secs(29)));
+        assert!(!drains.end(&key(), again.instant + Duration::from_secs(29)));
     }
 
     #[test]
@@ -261,10 +265,10 @@ mod tests {
         assert_eq!(draining.destinations[1].upper_threshold, 1001);
         // Another process, twelve seconds later: nothing to write, and eighteen are left, or a part of
         // a second more.
-        let (adopted, drains) = effective(&draining, after(begun, 12));
+        let (adopted, mut drains) = effective(&draining, after(begun, 12));
         assert_eq!(adopted, draining);
-        assert!(!drains.is_due(&key(), after(begun, 30).instant));
-        assert!(drains.is_due(&key(), after(begun, 31).instant));
+        assert!(!drains.end(&key(), after(begun, 30).instant));
+        assert!(drains.end(&key(), after(begun, 31).instant));
         assert_eq!(effective(&draining, begun).0, draining);
         // One that comes after the end finds nothing left to wait for.
         assert_eq!(effective(&draining, after(begun, 31)).0, one);
@@ -274,9 +278,9 @@ mod tests {
             let mut list = draining.destinations.clone();
             list[1].upper_threshold = nonsense;
             let strange = Arc::new(ipvs::VirtualServer::new(draining.options(), list));
-            let (adopted, drains) = effective(&strange, after(begun, 12));
+            let (adopted, mut drains) = effective(&strange, after(begun, 12));
             assert_eq!(adopted.destinations[1].upper_threshold, 1013);
-            assert!(!drains.is_due(&key(), after(begun, 41).instant));
+            assert!(!drains.end(&key(), after(begun, 41).instant));
         }
     }
 
@@ -289,7 +293,7 @@ mod tests {
         let tcp = Some(Protocol::Tcp);
         let draining = drains.effective(key(), tcp, Some(&both), Some(&one), PERIOD, || now).unwrap();
         drains.set_quiet(&key(), &draining.destinations[1].key());
-        assert!(drains.is_due(&key(), now.instant));
+        assert!(drains.end(&key(), now.instant));
         let done = drains.effective(key(), tcp, Some(&draining), Some(&one), PERIOD, || now).unwrap();
         assert_eq!(done, one);
     }
@@ -310,9 +314,9 @@ mod tests {
         }
         let draining = drains.effective(key(), Some(Protocol::Tcp), Some(&one), Some(&none), PERIOD, || now);
         assert_eq!(weights(draining.as_ref().unwrap()), [("10.0.0.1".into(), 0)]);
-        let later = after(now, 30);
+        assert!(drains.end(&key(), after(now, 30).instant));
         assert_eq!(
-            drains.effective(key(), Some(Protocol::Tcp), draining.as_ref(), Some(&none), PERIOD, || later),
+            drains.effective(key(), Some(Protocol::Tcp), draining.as_ref(), Some(&none), PERIOD, || now),
             None
         );
         assert_eq!(

@@ -516,7 +516,7 @@ impl Room {
                     self.schedule.request_full(Instant::now());
                 }
             }
-            if self.drains.is_due(&server, Instant::now()) {
+            if self.drains.end(&server, Instant::now()) {
                 touched.servers.insert(server);
             }
         }
