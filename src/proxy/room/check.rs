@@ -38,11 +38,13 @@ impl Room {
         let mut clean = true;
         if audit.tables {
             let before = self.shared.drift();
-            clean = self.read_kernel() && self.repair();
+            // What took the link away may be heard of while everything is looked at anyway.
+            let linked = self.ensure_link();
+            clean = self.read_kernel() && self.repair() && linked;
             self.looks.audited(self.shared.drift() > before);
             self.kernel.prepare(&self.facts);
         } else if audit.routes {
-            clean = self.read_routes() && self.repair();
+            clean = self.ensure_link() && self.read_routes() && self.repair();
         }
         let cost = started.elapsed();
         self.schedule.tables_cost(cost);
@@ -73,8 +75,16 @@ impl Room {
         }
     }
 
+    /// Makes the link again that VIP routes lead to; its index is another then.
+    fn ensure_link(&mut self) -> bool {
+        match self.kernel.ensure_link() {
+            Ok(()) => true,
+            Err(error) => self.failed_to("make the dummy link", &error),
+        }
+    }
+
     fn read_routes(&mut self) -> bool {
-        match self.kernel.ensure_link().and_then(|()| self.kernel.read_routes()) {
+        match self.kernel.read_routes() {
             Ok(routes) => {
                 self.mirror.routes = routes;
                 true
