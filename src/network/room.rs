@@ -249,7 +249,10 @@ impl Room {
     /// A pass over everything. Each part that fails leaves the others to be done.
     fn settle(&mut self, whole: Whole) -> bool {
         let facts = ClusterFacts::gather(&self.subscription.cluster().read(), &self.settings.node_name);
-        self.cluster = facts.after(&self.cluster);
+        let facts = facts.after(&self.cluster);
+        // A Node that changed since this room was last told is no drift.
+        let whole = Whole { audit: whole.audit && facts == self.cluster, ..whole };
+        self.cluster = facts;
         if let Err(error) = self.read_machine() {
             return self.failed_to("read links", &error);
         }
