@@ -175,7 +175,11 @@ fn an_endpoint_that_comes_and_goes_under_load_loses_nobody() {
                 }
                 // A datagram that was under way when its endpoint went.
                 Reply::Timeout if protocol == Protocol::Udp => {}
-                other => panic!("{place} {protocol}: {other:?} after {taken:?}"),
+                other => {
+                    let since = served.iter().rev().find(|(from, _)| from < begin);
+                    let since = since.map(|(from, until)| (*begin - *from, *until - *from));
+                    panic!("{place} {protocol}: {other:?} after {taken:?}; served since, and for: {since:?}")
+                }
             }
             if inside(*begin, *taken) {
                 assert!(matches!(reply, Reply::Answer(_)), "{place} {protocol}: {reply:?} while served");
