@@ -466,8 +466,18 @@ impl Table {
 
     fn converge(&mut self, now: Instant) {
         let wait = &self.convergence.wait;
-        let awaited = |peer: &Peer| wait.until(peer).is_some_and(|until| until > now);
-        if !matches!(wait, Wait::Routes { .. }) || self.peers.values().any(awaited) {
+        if !matches!(wait, Wait::Routes { .. }) {
+            return;
+        }
+        let mut awaited = false;
+        for peer in self.peers.values_mut() {
+            match wait.until(peer) {
+                Some(until) if until > now => awaited = true,
+                Some(_) => peer.first = First::Settled,
+                None => {}
+            }
+        }
+        if awaited {
             return;
         }
         info!("the first routes of all peers that are there have come");
