@@ -295,7 +295,9 @@ pub fn plan(config: Config, output: Output) -> anyhow::Result<String> {
                     .collect();
                 let errors = if errors.is_empty() { "no answer".to_owned() } else { errors.join("; ") };
                 Err(anyhow::anyhow!(
-                    "the cluster was not listed within {}s (--cache-sync-timeout): {errors}", limit.as_secs()
+                    "the cluster was not listed within {}s (--cache-sync-timeout), {} missing: {errors}",
+                    limit.as_secs(),
+                    unlisted(&cluster, &wanted)
                 ))
             }
         }
@@ -460,16 +462,18 @@ async fn until_listed(cluster: &Cluster, kinds: &[cluster::Kind]) {
     }
 }
 
+/// The kinds that are not listed yet, by name.
+fn unlisted(cluster: &Cluster, kinds: &[cluster::Kind]) -> String {
+    let state = cluster.read();
+    let missing = kinds.iter().filter(|kind| !state.has_listed(&[**kind]));
+    missing.map(|kind| kind.name()).collect::<Vec<_>>().join(", ")
+}
+
 async fn warn_when_unlisted(cluster: Cluster, kinds: Vec<cluster::Kind>, limit: Duration) {
     if tokio::time::timeout(limit, until_listed(&cluster, &kinds)).await.is_err() {
-        let missing: Vec<&str> = kinds
-            .iter()
-            .filter(|kind| !cluster.read().has_listed(&[**kind]))
-            .map(|kind| kind.name())
-            .collect();
         tracing::warn!(
             seconds = limit.as_secs(),
-            missing = missing.join(","),
+            missing = unlisted(&cluster, &kinds),
             "the cluster is not listed yet (--cache-sync-timeout); the kernel keeps its state and the watches go on"
         );
     }

@@ -288,7 +288,7 @@ fn learned_routes_reach_the_kernel_are_kept_right_and_go_without_a_trace() {
             receiver.recv_from(&mut [0; 16]).is_ok()
         })
         .count();
-    assert!(arrived > 0, "none of 32 came through the tunnel");
+    assert!((1..32).contains(&arrived), "{arrived} of 32 came through the tunnel");
     b.script("ip -6 route del local 2001:db8:77::/64 dev lo").unwrap();
     let firewall = a.script("iptables-save; ip6tables-save; ipset list kube-router-pod-subnets").unwrap();
     for part in [

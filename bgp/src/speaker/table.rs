@@ -128,7 +128,7 @@ enum Wait {
     /// For the peers to be known.
     Peers,
     /// For first routes, until then; passive peers have less time to connect.
-    Routes { until: Instant, connected_until: Instant },
+    Routes { until: Instant, passive_until: Instant },
     /// No more.
     Over,
 }
@@ -136,9 +136,9 @@ enum Wait {
 impl Wait {
     /// How long a peer is waited for.
     fn until(&self, peer: &Peer) -> Option<Instant> {
-        let Self::Routes { until, connected_until } = self else { return None };
+        let Self::Routes { until, passive_until } = self else { return None };
         match peer.first {
-            First::Expected if peer.passive => Some(*connected_until),
+            First::Expected if peer.passive => Some(*passive_until),
             First::Expected | First::Coming(_) => Some(*until),
             First::Settled => None,
         }
@@ -176,26 +176,24 @@ impl Table {
     pub(super) async fn run(mut self) {
         loop {
             let deadline = self.deadline();
-            tokio::select! {
+            let mut first = tokio::select! {
                 biased;
                 control = self.control.recv() => match control {
                     None | Some(Control::Stop) => break,
-                    Some(control) => self.control(control),
-                },
-                Some((number, arrival)) = self.inbox.recv() => {
-                    if self.controls().is_break() {
-                        break;
+                    Some(control) => {
+                        self.control(control);
+                        None
                     }
-                    self.arrival(number, arrival);
-                }
-                () = sleep_until(deadline) => {}
-            }
+                },
+                Some(arrival) = self.inbox.recv() => Some(arrival),
+                () = sleep_until(deadline) => None,
+            };
             for _ in 0..BURST {
-                let arrival = self.inbox.try_recv();
-                if self.controls().is_break() {
+                let next = first.take().or_else(|| self.inbox.try_recv().ok());
+                if self.take_controls().is_break() {
                     return self.close();
                 }
-                let Ok((number, arrival)) = arrival else { break };
+                let Some((number, arrival)) = next else { break };
                 self.arrival(number, arrival);
             }
             self.expire(Instant::now());
@@ -204,9 +202,9 @@ impl Table {
         self.close();
     }
 
-    /// Takes in what the speaker said until now. Between an arrival and what it means: a peer that was just
-    /// added may be up already, and what is said of it here was said before.
-    fn controls(&mut self) -> ControlFlow<()> {
+    /// Takes in what the speaker said until now; broken off by its end. An arrival is looked at after this: a
+    /// peer speaks only once it was added, but the two queues do not tell which came first.
+    fn take_controls(&mut self) -> ControlFlow<()> {
         while let Ok(control) = self.control.try_recv() {
             if matches!(control, Control::Stop) {
                 return ControlFlow::Break(());
@@ -452,7 +450,7 @@ impl Table {
             return;
         }
         let until = now + self.convergence.patience;
-        self.convergence.wait = Wait::Routes { until, connected_until: until.min(now + PASSIVE_PATIENCE) };
+        self.convergence.wait = Wait::Routes { until, passive_until: until.min(now + PASSIVE_PATIENCE) };
         self.converge(now);
     }
 

@@ -52,7 +52,7 @@ impl Role {
     }
 }
 
-/// Each side asks the other for its routes again.
+/// Each side asks the other for its routes again; GoBGP is only asked.
 fn refresh_both_ways(router: &Router, host: &Host, node: &Node, key: IpAddr) {
     let before = node.peer(key).received.update;
     node.speaker.refresh(&key.into(), Families::ALL);

@@ -36,6 +36,8 @@ pub struct Router {
     process: Child,
     directory: PathBuf,
     netns: Netns,
+    /// In the order of their names in BIRD: `peer0` and so on.
+    neighbors: Vec<IpAddr>,
 }
 
 impl Router {
@@ -95,7 +97,8 @@ impl Router {
             .netns
             .run(|| command.spawn())
             .unwrap_or_else(|error| panic!("{make:?}: {error} ({PACKAGES})"));
-        let router = Self { make, process, directory, netns: host.netns.clone() };
+        let neighbors = neighbors.iter().filter_map(|neighbor| neighbor.address).collect();
+        let router = Self { make, process, directory, netns: host.netns.clone(), neighbors };
         eventually("the router", PATIENCE, || router.table(AfiSafi::Ipv4Unicast).map(|_| ()));
         if make == Make::Gobgp {
             for prefix in own {
@@ -175,11 +178,14 @@ impl Router {
         });
     }
 
-    /// Asks a neighbour for its routes again (RFC 2918): BIRD asks them all. `false` of GoBGP, which keeps what
-    /// it heard and never asks.
+    /// Asks a neighbour for its IPv4 routes again (RFC 2918), BIRD for those of both families; `false` of GoBGP,
+    /// which keeps what it heard and never asks.
     pub fn asks_again(&self, neighbor: IpAddr) -> bool {
         let question = match self.make {
-            Make::Bird => "reload in all".to_owned(),
+            Make::Bird => {
+                let index = self.neighbors.iter().position(|known| *known == neighbor).unwrap();
+                format!("reload in peer{index}")
+            }
             Make::Frr => format!("clear bgp ipv4 unicast {neighbor} soft in"),
             Make::Gobgp => return false,
         };

@@ -5,6 +5,7 @@ use crate::message::{Asn, RouterId};
 use crate::peer::PeerKey;
 use crate::session::tests::terms;
 use crate::session::{Offer, PeerAsn, Restart};
+use crate::speaker::RestartConfig;
 
 /// A node that restarted, with peers by number.
 struct Restarted {
@@ -19,8 +20,7 @@ impl Restarted {
         let mut config = SpeakerConfig::new(Asn(65000), RouterId::from(100));
         let deferral = Duration::from_secs(600);
         let forwarding = Families::ALL;
-        config.restart =
-            Some(super::super::RestartConfig { time: 60, forwarding, restarted: true, deferral });
+        config.restart = Some(RestartConfig { time: 60, forwarding, restarted: true, deferral });
         let restarting = Arc::new(AtomicBool::new(true));
         let (_, control) = mpsc::unbounded_channel();
         let (_, inbox) = mpsc::channel(1);
